@@ -1,0 +1,1 @@
+"""What runs on the board: the client half in ONNX Runtime, the zeroth-order step, the agent."""

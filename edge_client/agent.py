@@ -1,0 +1,378 @@
+"""The agent: joins a fleet, gets the bundle, answers rounds, replays commits, survives.
+
+One loop, one thread (the link has its own). Every message may be lost, repeated, late or out of
+order: the agent repeats what got no answer, and ignores what it already knows.
+"""
+
+from __future__ import annotations
+
+import resource
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import psutil
+
+from edge_client.blobs import BlobFetch
+from edge_client.errors import BundleError
+from edge_client.pacing import PacedSession
+from edge_client.session import ClientSession
+from edge_client.shard import Shard, check_shard
+from edge_client.state import SavedWeights, StateStore, read_bundle
+from edge_client.trainer import Trainer
+from wire_protocol.directions import directions_digest
+from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
+from wire_protocol.manifest import Bundle, assemble, parse_manifest
+from wire_protocol.messages import (
+    Chunk,
+    Commit,
+    DownMessage,
+    End,
+    Hello,
+    Join,
+    Leave,
+    Ready,
+    Refused,
+    Round,
+    Snapshot,
+    UpMessage,
+    Welcome,
+    decode_down,
+    encode,
+)
+from wire_protocol.mqtt import Connected, Disconnected, LinkLike
+from wire_protocol.topics import PROTOCOL_VERSION, Topics
+
+# Silence after which the last request is repeated.
+REPEAT_S: Final = 5.0
+# Weights are saved at most this often: SD cards wear out.
+SAVE_EVERY_S: Final = 5.0
+
+
+class AgentSettings(NamedTuple):
+    """How a device takes part; times in seconds."""
+
+    device_id: str
+    fleet: str
+    threads: int = 1
+    speed: float = 1.0
+    delay_s: float = 0.0
+    bundle: Path | None = None
+    wait_s: float = 600.0  # for a server to answer the join
+    offline_s: float = 300.0  # for a lost broker to come back
+
+
+class Agent:
+    """One device of a fleet. `run` returns the reason the run ended with."""
+
+    def __init__(
+        self,
+        settings: AgentSettings,
+        epoch: int,
+        shard: Shard,
+        store: StateStore,
+        link: LinkLike,
+        say: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._topics = Topics(settings.fleet)
+        self._shard = shard
+        self._store = store
+        self._link = link
+        self._say = say
+        self._epoch = epoch
+        self._own_bundle = read_bundle(settings.bundle) if settings.bundle else None
+        self._welcome: Welcome | None = None
+        self._trainer: Trainer | None = None
+        self._fetch: BlobFetch | None = None
+        self._parts: list[bytes] = []
+        self._snapshot: Snapshot | None = None
+        self._work: Iterator[bytes | None] | None = None
+        self._sent: list[bytes] = []
+        self._started_unix_s = 0.0
+        self._fetch_began = (0, 0)
+        self._bundle_bytes = (0, 0)
+        now_s = time.monotonic()
+        self._heard_s = self._repeated_s = self._saved_s = now_s
+        self._offline_since_s: float | None = None
+        self._finished: End | None = None
+
+    def run(self) -> str:
+        """Take part until the server ends the run.
+
+        Raises RefusedError, StalledError, TransportError, and the input errors of this room.
+        """
+        self._join()
+        try:
+            while self._finished is None:
+                self._turn()
+        finally:
+            self._save(force=True)
+        return self._finished.reason
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye (best effort)."""
+        self._send(Leave(self._epoch, reason))
+
+    def _turn(self) -> None:
+        """One piece of work, if there is any, then one event."""
+        if self._work is not None:
+            self._advance()
+        event = self._link.next_event(0.0 if self._work is not None else 0.25)
+        if isinstance(event, Connected):
+            self._offline_since_s = None
+            self._join()
+        elif isinstance(event, Disconnected):
+            self._lost(event)
+        elif event is not None:
+            self._receive(event.payload)
+        self._check_time()
+
+    # -- what arrives ------------------------------------------------------------------------
+
+    def _receive(self, payload: bytes) -> None:
+        try:
+            message = decode_down(payload)
+        except ProtocolError as error:
+            self._say(f"ignored a message: {error}")
+            return
+        self._heard_s = self._repeated_s = time.monotonic()
+        self._handle(message)
+
+    def _handle(self, message: DownMessage) -> None:
+        match message:
+            case Hello():
+                self._join()
+            case Refused() if message.epoch == self._epoch:
+                raise RefusedError(f"the server refused this device: {message.reason}")
+            case Welcome() if message.epoch == self._epoch:
+                self._welcomed(message)
+            case Chunk():
+                self._take_chunk(message)
+            case End() if self._welcome is not None and message.run == self._welcome.run:
+                self._end(message)
+            case Round() | Commit() | Snapshot() if self._trainer is not None:
+                if message.run == self._trainer.welcome.run:
+                    self._train(message, self._trainer)
+            case _:
+                pass
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        if self._welcome is not None and self._welcome.run == welcome.run:
+            if self._trainer is not None:
+                self._ready()
+            return
+        if welcome.directions_sha256 != directions_digest(welcome.run_seed):
+            raise RefusedError(
+                "this build computes other directions than the server's: install the same musplit "
+                f"version on both (here {version('musplit')})"
+            )
+        self._welcome, self._trainer, self._work = welcome, None, None
+        bundle = self._own_bundle or self._store.load_bundle(welcome.manifest_sha256)
+        if bundle is not None and bundle.digest == welcome.manifest_sha256:
+            self._start(bundle)
+        elif self._settings.bundle is not None:
+            raise BundleError(
+                f"{self._settings.bundle}: bundle has digest {bundle.digest[:12] if bundle else ''}, "
+                f"the run wants {welcome.manifest_sha256[:12]}; leave out --bundle to fetch it"
+            )
+        else:
+            self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
+            self._parts = []
+            self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
+            self._request(BlobFetch(welcome.manifest_sha256, welcome.manifest_bytes))
+
+    def _take_chunk(self, chunk: Chunk) -> None:
+        fetch = self._fetch
+        if fetch is None or not fetch.take(chunk):
+            return
+        data = fetch.assemble() if fetch.complete else None
+        if data is None:
+            self._request(fetch)
+            return
+        self._fetch = None
+        if self._snapshot is not None:
+            self._restore_snapshot(data, self._snapshot)
+            return
+        self._parts.append(data)
+        manifest = parse_manifest(self._parts[0], "fetched manifest")
+        if len(self._parts) < 3:
+            blob = manifest.graph if len(self._parts) == 1 else manifest.weights
+            self._request(BlobFetch(blob.sha256, blob.size_bytes))
+            return
+        self._store.save_bundle(*self._parts)
+        up, down = self._fetch_began
+        self._bundle_bytes = (
+            self._bundle_bytes[0] + self._link.bytes_up - up,
+            self._bundle_bytes[1] + self._link.bytes_down - down,
+        )
+        self._start(assemble(*self._parts, "fetched bundle"))
+
+    def _request(self, fetch: BlobFetch) -> None:
+        self._fetch = fetch
+        request = fetch.next_request()
+        if request is not None:
+            self._send(request)
+
+    def _start(self, bundle: Bundle) -> None:
+        welcome = self._welcome
+        if welcome is None:
+            return
+        check_shard(self._shard, bundle.manifest)
+        session = ClientSession(bundle, welcome.batch, self._settings.threads)
+        paced = PacedSession(session, self._settings.speed, self._settings.delay_s)
+        self._trainer = Trainer(welcome, paced, bundle, self._shard, time.monotonic)
+        saved = self._store.load_weights()
+        if saved is not None and saved.run == welcome.run:
+            self._trainer.restore(saved.weights, saved.next_round)
+        self._say(
+            f"device {welcome.device}: run {welcome.run:016x}, K {welcome.directions}, batch "
+            f"{welcome.batch}, {bundle.manifest.parameters} parameters, from round "
+            f"{self._trainer.next_round} of {welcome.rounds}"
+        )
+        self._ready()
+
+    # -- training ----------------------------------------------------------------------------
+
+    def _train(self, message: Round | Commit | Snapshot, trainer: Trainer) -> None:
+        match message:
+            case Snapshot() if message.next_round > trainer.next_round:
+                self._snapshot = message
+                self._request(BlobFetch(message.sha256, message.size_bytes))
+            case Commit() if message.round == trainer.next_round:
+                self._commit(message, trainer)
+            case Round() if message.round == trainer.next_round:
+                if trainer.welcome.device in message.participants:
+                    self._take_part(trainer)
+            case Round() | Commit() if message.round > trainer.next_round:
+                self._ready()
+            case _:
+                pass
+
+    def _take_part(self, trainer: Trainer) -> None:
+        if self._sent:  # the server asks again: what we sent was lost, or is still under way
+            for payload in self._sent:
+                self._link.publish(self._topics.frame(self._settings.device_id), payload)
+        elif self._work is None:
+            self._started_unix_s = time.time()
+            self._work = trainer.steps(self._epoch)
+
+    def _advance(self) -> None:
+        """One direction further, so that a commit is noticed while computing."""
+        assert self._work is not None
+        try:
+            payload = next(self._work)
+        except StopIteration:
+            self._work = None
+            return
+        if payload is not None:
+            self._sent.append(payload)
+            self._link.publish(self._topics.frame(self._settings.device_id), payload)
+
+    def _commit(self, commit: Commit, trainer: Trainer) -> None:
+        self._work, self._sent = None, []
+        replay_s = trainer.apply(commit)
+        self._report(commit.round, replay_s, trainer)
+        if trainer.next_round == 0:
+            self._say(f"weights differ from the server's after round {commit.round}: starting over")
+            self._ready()
+        self._save()
+
+    def _restore_snapshot(self, data: bytes, snapshot: Snapshot) -> None:
+        self._snapshot = None
+        if self._trainer is not None:
+            self._trainer.restore(np.frombuffer(data, "<f4"), snapshot.next_round)
+            self._work, self._sent = None, []
+            self._ready()
+
+    def _end(self, end: End) -> None:
+        if self._trainer is not None:
+            self._report(self._trainer.next_round, 0.0, self._trainer)
+        self._trainer = self._welcome = self._work = None
+        self._sent = []
+        if end.final:
+            self._finished = end
+
+    # -- time, messages, disk ----------------------------------------------------------------
+
+    def _check_time(self) -> None:
+        now_s = time.monotonic()
+        if self._offline_since_s is not None:
+            if now_s - self._offline_since_s > self._settings.offline_s:
+                raise TransportError(
+                    f"broker lost for {self._settings.offline_s:.0f} s; start again once it is back"
+                )
+            return
+        if now_s - self._heard_s > self._settings.wait_s:
+            raise StalledError(
+                f"nothing heard from a server of fleet {self._settings.fleet!r} for "
+                f"{self._settings.wait_s:.0f} s; is `musplit serve` running on this broker?"
+            )
+        if self._work is None and now_s - self._repeated_s > REPEAT_S:
+            self._repeated_s = now_s
+            self._repeat()
+
+    def _repeat(self) -> None:
+        if self._fetch is not None:
+            self._fetch.restart()
+            self._request(self._fetch)
+        elif self._trainer is not None:
+            self._ready()
+        else:
+            self._join()
+
+    def _join(self) -> None:
+        self._send(
+            Join(
+                self._epoch, PROTOCOL_VERSION, version("musplit"), self._shard.index,
+                self._shard.samples,
+            )
+        )  # fmt: skip
+
+    def _ready(self) -> None:
+        if self._trainer is not None:
+            self._send(Ready(self._trainer.welcome.run, self._epoch, self._trainer.next_round))
+
+    def _report(self, round_number: int, replay_s: float, trainer: Trainer) -> None:
+        self._send(
+            trainer.report(
+                self._epoch, round_number, self._started_unix_s, replay_s,
+                stream=(self._link.bytes_up, self._link.bytes_down),
+                bundle=self._bundle_bytes, rss=memory_bytes(),
+            )
+        )  # fmt: skip
+
+    def _send(self, message: UpMessage) -> None:
+        self._link.publish(self._topics.control(self._settings.device_id), encode(message))
+
+    def _lost(self, event: Disconnected) -> None:
+        if event.fatal:
+            raise TransportError(f"broker closed the connection: {event.reason}")
+        self._say(f"broker lost ({event.reason}), reconnecting")
+        self._offline_since_s = self._offline_since_s or time.monotonic()
+
+    def _save(self, *, force: bool = False) -> None:
+        now_s = time.monotonic()
+        trainer = self._trainer
+        if trainer is not None and (force or now_s - self._saved_s >= SAVE_EVERY_S):
+            self._saved_s = now_s
+            self._store.save_weights(
+                SavedWeights(trainer.welcome.run, trainer.next_round, trainer.theta)
+            )
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Resident memory of this process, (now, peak), in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux
+    return psutil.Process().memory_info().rss, peak * unit
+
+
+def new_epoch() -> int:
+    """A session epoch: names one start of one device program."""
+    return secrets.randbits(63)

@@ -1,0 +1,23 @@
+"""Errors of the board's program.
+
+wire_protocol.errors.InputError
+|- ShardError    the data shard cannot be read, or does not fit the model
+|- BundleError   the client bundle is missing, damaged, or another one
+|- StateError    the state folder cannot be used
+"""
+
+from __future__ import annotations
+
+from wire_protocol.errors import InputError
+
+
+class ShardError(InputError):
+    """The data shard cannot be read, or does not fit the model."""
+
+
+class BundleError(InputError):
+    """The client bundle is missing, damaged, or another one than the run's."""
+
+
+class StateError(InputError):
+    """The state folder cannot be used."""

@@ -1,0 +1,46 @@
+"""`musplit device`: shard, state folder, link and agent put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_client.agent import Agent, AgentSettings, new_epoch
+from edge_client.shard import load_shard
+from edge_client.state import StateStore
+from wire_protocol.messages import Leave, encode
+from wire_protocol.mqtt import Address, Link, Will
+from wire_protocol.topics import Topics, check_name
+
+
+def run_device(
+    settings: AgentSettings, address: Address, data: Path, state: Path, connect_s: float,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Take part until the run ends. Raises a MusplitError; says goodbye in any case."""
+    check_name(settings.device_id, "device id")
+    topics = Topics(check_name(settings.fleet, "fleet"))
+    shard = load_shard(data)
+    store = StateStore(state)
+    epoch = new_epoch()
+    will = Will(
+        topics.control(settings.device_id), encode(Leave(epoch, "connection lost"))
+    )
+    link = Link(
+        settings.device_id, address, will=will,
+        subscriptions=(topics.down(settings.device_id), topics.broadcast),
+    )  # fmt: skip
+    try:
+        link.open(connect_s)
+        say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}")
+        agent = Agent(settings, epoch, shard, store, link, say)
+        reason = "stopped"
+        try:
+            outcome = agent.run()
+            say(f"run over: {outcome}")
+            reason = "finished"
+        finally:
+            agent.leave(reason)
+            link.close()
+    finally:
+        store.close()

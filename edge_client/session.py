@@ -1,0 +1,74 @@
+"""The one file that knows onnxruntime: the client half as a forward-only session.
+
+Weights are bound once as views of one flat buffer; changing the buffer changes the next forward,
+without a copy. Spinning is off: on a waiting board it only burns energy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge_client.errors import BundleError
+from wire_protocol.manifest import Bundle
+
+
+class ClientSession:
+    """Forward passes of the client half at a fixed batch size.
+
+    `parameters` (d_c,) float32 is the live weight buffer that the graph reads.
+    """
+
+    def __init__(self, bundle: Bundle, batch: int, threads: int) -> None:
+        manifest = bundle.manifest
+        self._store = np.frombuffer(bytearray(bundle.weights), np.uint8)
+        self.parameters: NDArray[np.float32] = self._store[: manifest.parameters * 4].view("<f4")
+        self._batch = batch
+        self._input = np.empty((batch, *manifest.input.shape), np.float32)
+        self._output = np.empty((batch, *manifest.activation.shape), np.float32)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(
+                bundle.graph, options, providers=["CPUExecutionProvider"]
+            )
+            self._binding = self._session.io_binding()
+            for tensor in manifest.tensors:
+                begin = tensor.offset_bytes
+                view = self._store[begin : begin + tensor.size_bytes]
+                self._bind_input(tensor.name, view.view(tensor.dtype).reshape(tensor.shape))
+            self._bind_input(manifest.input.name, self._input)
+            self._binding.bind_output(
+                manifest.activation.name, "cpu", 0, np.float32, self._output.shape,
+                self._output.ctypes.data,
+            )  # fmt: skip
+        except (RuntimeError, ValueError, AttributeError) as error:
+            first_line = str(error).splitlines()[0]
+            raise BundleError(
+                f"bundle {bundle.digest[:12]}: ONNX Runtime {ort.__version__} refuses the graph "
+                f"({first_line}); export it again or update onnxruntime"
+            ) from error
+
+    def forward(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """x (batch, *input shape) -> activation (batch, *activation shape).
+
+        The result is the session's own buffer: copy it before the next call.
+        """
+        self._input[...] = x
+        self._session.run_with_iobinding(self._binding)
+        return self._output
+
+    def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
+        # The pointer is bound, not the array: `_store` and `_input` keep it alive.
+        self._binding.bind_input(
+            name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
+        )
+
+
+def runtime_version() -> str:
+    """Version of ONNX Runtime, for reports."""
+    return str(ort.__version__)

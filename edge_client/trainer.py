@@ -1,0 +1,117 @@
+"""The device's share of one run: weights, rounds and commits. No I/O, no clock of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.pacing import PacedSession
+from edge_client.shard import Shard
+from edge_client.zo_step import Activation, PhaseClock, zo_step
+from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
+from wire_protocol.estimator import apply_terms, client_terms
+from wire_protocol.frames import Frame, FrameKind, encode_frame
+from wire_protocol.manifest import Bundle, prepare_input, sha256
+from wire_protocol.messages import Commit, Report, Welcome
+
+_NO_LABELS = np.empty(0, np.uint32)
+
+
+class Trainer:
+    """Client half of one run. `theta` (d_c,) are the weights before round `next_round`."""
+
+    def __init__(
+        self,
+        welcome: Welcome,
+        session: PacedSession,
+        bundle: Bundle,
+        shard: Shard,
+        read_clock_s: Callable[[], float],
+    ) -> None:
+        self.welcome = welcome
+        self.theta = bundle.initial_parameters()
+        self.next_round = 0
+        self._bundle = bundle
+        self._session = session
+        self._shard = shard
+        self._generator = DirectionGenerator()
+        self._read_clock_s = read_clock_s
+        self._clock = PhaseClock(read_clock_s)
+        self._measured_round: int | None = None
+        self._sent_s = 0.0
+
+    def steps(self, epoch: int) -> Iterator[bytes | None]:
+        """Compute round `next_round`: frames to send as they are ready, None between directions."""
+        welcome, number = self.welcome, self.next_round
+        self._clock = PhaseClock(self._read_clock_s)
+        self._measured_round = number
+        chosen = batch_indices(
+            welcome.run_seed, welcome.device, number, welcome.batch, self._shard.samples
+        )
+        x = prepare_input(self._shard.x[chosen], self._bundle.manifest.input)
+        labels = self._shard.y[chosen].astype(np.uint32)
+        origin = DirectionId(welcome.run_seed, Stream.CLIENT_HALF, welcome.device, number, 0, 0)
+        self._session.start_round()
+        for part in zo_step(
+            self._session, self.theta, x, origin, welcome.directions, welcome.lam,
+            self._generator, self._clock,
+        ):  # fmt: skip
+            if part is None:
+                yield None
+                continue
+            begin_s = self._read_clock_s()
+            first = isinstance(part, Activation)
+            frame = Frame(
+                FrameKind.ACTIVATION if first else FrameKind.DIFFERENCES,
+                welcome.run, epoch, number, 0 if isinstance(part, Activation) else part.first_k,
+                part.tensor, labels if first else _NO_LABELS,
+            )  # fmt: skip
+            payload = encode_frame(frame)
+            self._sent_s = self._clock.lap("encode_s", begin_s)
+            yield payload
+
+    def apply(self, commit: Commit) -> float:
+        """Replay the commit of `next_round`; returns the seconds it took.
+
+        When the commit names a digest that the weights do not have, they start over from the
+        bundle: `next_round` is 0 then, and the caller asks for what is missing.
+        """
+        begin_s = self._read_clock_s()
+        terms = client_terms(self.welcome.run_seed, self.welcome.lam, commit)
+        apply_terms(self.theta, terms, self._generator)
+        self.next_round = commit.round + 1
+        if commit.client_sha256 and sha256(self.theta) != commit.client_sha256:
+            self.theta = self._bundle.initial_parameters()
+            self.next_round = 0
+        return self._read_clock_s() - begin_s
+
+    def restore(self, weights: NDArray[np.float32], next_round: int) -> bool:
+        """Take saved weights or a snapshot; False when their number is not this model's."""
+        if weights.shape != self.theta.shape:
+            return False
+        self.theta[...] = weights
+        self.next_round = next_round
+        return True
+
+    def report(
+        self, epoch: int, round_number: int, started_unix_s: float, replay_s: float, *,
+        stream: tuple[int, int], bundle: tuple[int, int], rss: tuple[int, int],
+    ) -> Report:  # fmt: skip
+        """What the round cost; byte pairs are (up, down), rss is (now, peak) in bytes.
+
+        Phases are zero when this device did not compute the round.
+        """
+        took_part = self._measured_round == round_number
+        clock = self._clock if took_part else PhaseClock(self._read_clock_s)
+        wait_s = max(0.0, self._read_clock_s() - replay_s - self._sent_s) if took_part else 0.0
+        return Report(
+            run=self.welcome.run, epoch=epoch, round=round_number,
+            started_unix_s=started_unix_s if took_part else 0.0,
+            perturb_s=clock.perturb_s, forward_s=clock.forward_s, encode_s=clock.encode_s,
+            wait_s=wait_s, replay_s=replay_s,
+            bytes_up=stream[0], bytes_down=stream[1],
+            bundle_bytes_up=bundle[0], bundle_bytes_down=bundle[1],
+            rss_bytes=rss[0], peak_rss_bytes=rss[1],
+        )  # fmt: skip

@@ -1,0 +1,99 @@
+"""One round of the device, pure: activation first, then the K differences, in groups.
+
+Algorithm 1 of MU-SplitFed (arXiv 2510.21155), client side: h at the unperturbed weights, then
+h+ - h- for each direction. The weights theta are never touched; perturbed weights go to the
+session's buffer, so nothing has to be restored and theta stays exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire_protocol.directions import DirectionGenerator, DirectionId
+
+# Differences are sent in groups of about this size: the server measures while we go on.
+GROUP_BYTES: Final = 256 << 10
+
+Vector = NDArray[np.float32]
+
+
+class Forward(Protocol):
+    """The client half: `parameters` is read by `forward`, whose result is a reused buffer."""
+
+    parameters: Vector
+
+    def forward(self, x: Vector) -> Vector: ...
+
+
+class Activation(NamedTuple):
+    """h (batch, *activation shape) at the unperturbed weights."""
+
+    tensor: Vector
+
+
+class Differences(NamedTuple):
+    """h+ - h- for directions first_k.., shape (directions, batch, *activation shape)."""
+
+    first_k: int
+    tensor: Vector
+
+
+@dataclass
+class PhaseClock:
+    """Seconds spent by phase in one round."""
+
+    read_s: Callable[[], float]
+    perturb_s: float = 0.0
+    forward_s: float = 0.0
+    encode_s: float = 0.0
+
+    def lap(self, phase: str, since_s: float) -> float:
+        """Add the time since `since_s` to a phase; returns now."""
+        now_s = self.read_s()
+        setattr(self, phase, getattr(self, phase) + now_s - since_s)
+        return now_s
+
+
+def zo_step(
+    session: Forward,
+    theta: Vector,
+    x: Vector,
+    origin: DirectionId,
+    directions: int,
+    lam: float,
+    generator: DirectionGenerator,
+    clock: PhaseClock,
+) -> Iterator[Activation | Differences | None]:
+    """Yield the Activation, then groups of Differences; None after each direction in between.
+
+    theta (d_c,), x (batch, *input shape); `origin` is the direction at k = 0.
+    """
+    now_s = clock.read_s()
+    np.copyto(session.parameters, theta)
+    now_s = clock.lap("perturb_s", now_s)
+    activation = session.forward(x).copy()
+    clock.lap("forward_s", now_s)
+    yield Activation(activation)
+    group = max(1, min(directions, GROUP_BYTES // max(1, activation.nbytes)))
+    for first_k in range(0, directions, group):
+        count = min(group, directions - first_k)
+        differences = np.empty((count, *activation.shape), np.float32)
+        for row in range(count):
+            direction = origin._replace(k=first_k + row)
+            now_s = clock.read_s()
+            generator.add_scaled(direction, lam, theta, session.parameters)
+            now_s = clock.lap("perturb_s", now_s)
+            np.copyto(differences[row], session.forward(x))
+            now_s = clock.lap("forward_s", now_s)
+            generator.add_scaled(direction, -lam, theta, session.parameters)
+            now_s = clock.lap("perturb_s", now_s)
+            np.subtract(differences[row], session.forward(x), out=differences[row])
+            clock.lap("forward_s", now_s)
+            if row + 1 < count:
+                yield None
+        yield Differences(first_k, differences)

@@ -1,0 +1,19 @@
+"""Errors of emulation.
+
+wire_protocol.errors.MusplitError
+|- FleetError        a process of the emulated fleet ended when it should not have
+wire_protocol.errors.InputError
+|- ListenError       the embedded broker may not, or cannot, listen there
+"""
+
+from __future__ import annotations
+
+from wire_protocol.errors import InputError, MusplitError
+
+
+class FleetError(MusplitError):
+    """A process of the emulated fleet ended when it should not have."""
+
+
+class ListenError(InputError):
+    """The embedded broker may not, or cannot, listen there."""

@@ -1,0 +1,108 @@
+"""A fleet in this process: the same run, coordinator and device step without MQTT or processes.
+
+For tests, tuning and tables: full barrier, no faults, and the digests of the real thing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from edge_client.pacing import PacedSession
+from edge_client.session import ClientSession
+from edge_client.shard import Shard
+from edge_client.trainer import Trainer
+from server_node.config import Config
+from server_node.datasets import load_dataset
+from server_node.partition import partition
+from server_node.prepare import Experiment, open_run
+from server_node.recorder import Traffic
+from server_node.run import Run
+from wire_protocol.directions import directions_digest
+from wire_protocol.frames import decode_frame
+from wire_protocol.manifest import Bundle, assemble
+from wire_protocol.messages import Commit, DownMessage, Round, Welcome
+
+
+class InProcessFleet:
+    """Devices as objects; an Outbox for the run. `shuffle` mixes the order of arrival."""
+
+    def __init__(self, experiment: Experiment, shuffle: random.Random | None = None) -> None:
+        manifest, graph, weights = experiment.blobs
+        self._bundle: Bundle = assemble(manifest, graph, weights, "experiment")
+        self._experiment = experiment
+        self._shards = make_shards(experiment.config)
+        self._shuffle = shuffle
+        self._trainers: list[Trainer] = []
+        self._opened: deque[Round] = deque()
+
+    def run(self, *, frozen: bool = False) -> Run:
+        """Run the experiment to its end; files as in any run folder."""
+        names = [(index, f"device-{index:03d}") for index in range(len(self._shards))]
+        events: list[dict[str, Any]] = []
+        run = open_run(
+            self._experiment, frozen=frozen, devices=names, outbox=self, traffic=Traffic(),
+            notify=events.append,
+        )  # fmt: skip
+        self._trainers = [self._trainer(run, index) for index in range(len(self._shards))]
+        run.start([index for index, _ in names])
+        while run.finished is None:
+            self._deliver(run, self._opened.popleft())
+        run.close(run.finished.outcome.value)
+        return run
+
+    def broadcast(self, message: DownMessage) -> None:
+        """Commits are replayed at once; rounds are computed when their turn comes."""
+        if isinstance(message, Commit):
+            for trainer in self._trainers:
+                trainer.apply(message)
+        elif isinstance(message, Round):
+            self._opened.append(message)
+
+    def send(self, device: int, message: DownMessage) -> None:
+        """Replies are acknowledgements; nothing gets lost here."""
+
+    def offer_blob(self, data: bytes) -> str:
+        """Nobody falls behind here."""
+        raise NotImplementedError("an in-process device never misses a commit")
+
+    def _deliver(self, run: Run, opened: Round) -> None:
+        frames = [
+            (device, decode_frame(payload))
+            for device in opened.participants
+            for payload in self._trainers[device].steps(epoch=0)
+            if payload is not None
+        ]
+        if self._shuffle is not None:
+            self._shuffle.shuffle(frames)
+        for device, frame in frames:
+            run.frame(device, frame)
+            if self._shuffle is not None and self._shuffle.random() < 0.5:
+                run.work()
+        while run.work():
+            pass
+
+    def _trainer(self, run: Run, index: int) -> Trainer:
+        config = run.config
+        welcome = Welcome(
+            run=run.header.run, run_seed=config.run.seed, epoch=0, device=index,
+            manifest_sha256=self._bundle.digest, manifest_bytes=len(self._experiment.blobs[0]),
+            directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
+            batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
+        )  # fmt: skip
+        session = ClientSession(self._bundle, config.devices.batch, config.devices.threads)
+        paced = PacedSession(session, speed=1.0, delay_s=0.0)
+        return Trainer(welcome, paced, self._bundle, self._shards[index], time.monotonic)
+
+
+def make_shards(config: Config) -> list[Shard]:
+    """The shards that `musplit shard` would write for this configuration, in memory."""
+    data = load_dataset(config.data.source, config.data.holdout)
+    parts = partition(data.y_train, config.devices.count, config.data.alpha, config.run.seed)
+    return [
+        Shard(Path(f"shard {index}"), data.x_train[part], data.y_train[part], index)
+        for index, part in enumerate(parts)
+    ]

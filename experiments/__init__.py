@@ -1,0 +1,1 @@
+"""Run configurations, shipped so that `musplit emulate` has a default anywhere."""

@@ -1,0 +1,32 @@
+"""`musplit emulate`, seen from the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from emulation.emulate import emulate
+from emulation.report import ProgressView, parse_requirement, print_table, write_junit
+from server_node.config import load_config
+
+
+def run_emulation(
+    config_path: Path, overrides: list[str], folder: Path, required: list[str],
+    junit: Path | None, output: str,
+) -> int:  # fmt: skip
+    """Emulate, show, judge; returns the exit code: 1 when a requirement does not hold."""
+    requirements = [parse_requirement(text) for text in required]
+    config = load_config(config_path, overrides)
+    with ProgressView(config, sys.stderr) as view:
+        summary = emulate(config, folder, view.notify)
+    judged = [(requirement, requirement.judge(summary)) for requirement in requirements]
+    if junit is not None:
+        write_junit(junit, judged, summary["seconds"])
+    if output == "json":
+        print(json.dumps({**summary, "folder": str(folder)}))
+    else:
+        print_table(summary, folder, sys.stdout)
+    for requirement, why in judged:
+        print(f"{'FAILED' if why else 'holds'}: {requirement.text} {why}".rstrip(), file=sys.stderr)
+    return 1 if any(why for _, why in judged) else 0

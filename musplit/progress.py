@@ -1,0 +1,41 @@
+"""How `musplit serve` shows its events: lines for people, or JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from musplit.support import say
+
+
+def server_notifier(output: str) -> Callable[[dict[str, Any]], None]:
+    """A `notify` for the server node."""
+    return _json if output == "json" else _text
+
+
+def _json(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+def _text(event: dict[str, Any]) -> None:
+    match event["event"]:
+        case "prepared":
+            say(
+                f"run folder {event['folder']}: {event['parameters_client']} parameters on the "
+                f"device, {event['parameters_server']} on the server"
+            )
+        case "waiting":
+            say(f"waiting for {event['devices']} devices; on the first one:\n  {event['command']}")
+        case "round" if event["accuracy"] is not None:
+            say(
+                f"round {event['round'] + 1}: accuracy {event['accuracy']:.3f}, loss "
+                f"{event['loss']:.3f}, {event['contributions']} devices, {event['seconds']:.2f} s"
+            )
+        case "summary":
+            print(json.dumps({k: v for k, v in event.items() if k != "event"}, indent=2))
+        case "joined" | "left" | "refused-message" | "refused-device" | "broker-lost" as name:
+            detail = event.get("reason") or event.get("why") or ""
+            say(f"{name} {event.get('device', '')} {detail}".rstrip())
+        case _:
+            pass

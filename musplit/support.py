@@ -1,0 +1,100 @@
+"""What the commands share: errors to exit codes, signals, options, addresses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+_EXTRAS = {
+    "torch": "server", "onnx": "server", "onnxscript": "server", "matplotlib": "server",
+    "amqtt": "emulation", "rich": "emulation", "sklearn": "emulation",
+}  # fmt: skip
+
+
+def fail(text: str, code: int) -> NoReturn:
+    """One line on stderr, and an exit code that docs/commands.md explains."""
+    print(f"musplit: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turn what a user can cause into one line and an exit code; SIGTERM ends like Ctrl-C."""
+    from wire_protocol.errors import MusplitError
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except MusplitError as error:
+        fail(str(error), error.exit_code)
+    except ImportError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        fail(f"this command needs {error.name}: pip install 'musplit[{extra}]'", 3)
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """A line of progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_address(text: str) -> Any:
+    """HOST, HOST:PORT or [IPV6]:PORT as an Address. Raises InputError."""
+    from wire_protocol.errors import InputError
+    from wire_protocol.mqtt import DEFAULT_PORT, Address
+
+    host, colon, port = text.rpartition(":")
+    if text.endswith("]") or not colon or text.count(":") > 1 and not text.startswith("["):
+        host, port = text, str(DEFAULT_PORT)
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"address {text!r}: write HOST or HOST:PORT, e.g. 192.168.1.10:1883")
+    return Address(host, int(port))
+
+
+def broker_options(command: Command) -> Command:
+    """--broker and --connect-s."""
+    command = click.option(
+        "--connect-s", default=15.0, show_default=True, metavar="S",
+        help="How long to try to reach the broker at the start.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--broker", required=True, metavar="HOST[:PORT]", help="The MQTT broker; port 1883 if none."
+    )(command)
+
+
+def set_option(command: Command) -> Command:
+    """--set, repeatable."""
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
+        help="Override a field of the configuration; repeatable. E.g. --set method.tau=4",
+    )(command)  # fmt: skip
+
+
+def format_option(command: Command) -> Command:
+    """--format text|json."""
+    return click.option(
+        "--format", "output", type=click.Choice(["text", "json"]), default="text",
+        show_default=True, help="json: machine-readable on stdout, progress on stderr.",
+    )(command)  # fmt: skip
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt

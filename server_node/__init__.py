@@ -1,0 +1,1 @@
+"""The server node: coordinator, unbalanced updates, aggregation, journal, evaluation, serving."""

@@ -1,0 +1,183 @@
+"""The configuration of a run: frozen structs, read from TOML, checked once.
+
+docs/configuration.md explains every field; a test keeps it complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from server_node.errors import ConfigError
+from wire_protocol.errors import InputError
+from wire_protocol.topics import check_name
+
+AtLeast1 = Annotated[int, Meta(ge=1, le=1 << 20)]
+Count = Annotated[int, Meta(ge=0, le=1 << 20)]
+Seconds = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class _Section(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class RunSection(_Section):
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    rounds: AtLeast1 = 200
+    fleet: str = "lab"
+
+
+class ModelSection(_Section):
+    name: str = "mlp:64-32-32-10"
+    cut: str = "fc1"
+
+
+class DataSection(_Section):
+    source: str = "digits"
+    standardise: Literal["none", "global", "feature"] = "global"
+    alpha: NotNegative = 0.0
+    holdout: Fraction = 0.0
+
+
+class DevicesSection(_Section):
+    count: AtLeast1 = 8
+    participants: Count = 0
+    batch: AtLeast1 = 32
+    threads: AtLeast1 = 1
+
+
+class MethodSection(_Section):
+    tau: AtLeast1 = 16
+    directions_client: AtLeast1 = 16
+    directions_server: AtLeast1 = 1
+    eta_c: NotNegative = 0.2
+    eta_s: NotNegative = 0.02
+    eta_g: Positive = 1.0
+    lam: Positive = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+
+
+class RoundSection(_Section):
+    quorum: Count = 0
+    deadline_s: Seconds = 0.0
+    rejoin_s: Seconds = 60.0
+    stall_s: Positive = 300.0
+    lobby_s: Positive = 300.0
+
+
+class ServerSection(_Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: AtLeast1 = 1
+    min_step_s: Seconds = 0.0
+
+
+class EvaluationSection(_Section):
+    every: AtLeast1 = 10
+    control: bool = True
+
+
+class EmulationSection(_Section):
+    speed: list[Positive] = []
+    delay_s: list[Seconds] = []
+
+
+class Config(_Section):
+    """One run. Sections and fields are those of the TOML file."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    devices: DevicesSection = DevicesSection()
+    method: MethodSection = MethodSection()
+    round: RoundSection = RoundSection()
+    server: ServerSection = ServerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    emulation: EmulationSection = EmulationSection()
+
+    @property
+    def participants(self) -> int:
+        """Devices drawn a round; all of them when the field is 0."""
+        return self.devices.participants or self.devices.count
+
+    def sha256(self) -> str:
+        """Digest of every field, in a canonical order."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def load_config(path: Path, overrides: list[str]) -> Config:
+    """Read a TOML file and apply `section.key=value` overrides. Raises ConfigError."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        _override(tree, override)
+    try:
+        config = msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}; see docs/configuration.md") from error
+    _check(config, path)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `load_config` reads back."""
+    lines: list[str] = []
+    for section, fields in msgspec.to_builtins(config).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {msgspec.json.encode(value).decode()}" for key, value in fields.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, field = key.strip().partition(".")
+    if not (equals and dot and section and field):
+        raise ConfigError(f"--set {override!r}: write section.key=value, e.g. method.tau=4")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    table = tree.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"--set {override!r}: {section!r} is not a section")
+    table[field] = value
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """msgspec's "... - at `$.method.tau`" with the field in front."""
+    what, _, where = str(error).partition(" - at `$")
+    return f"{where.strip('`.')}: {what}" if where else what
+
+
+def _check(config: Config, path: Path) -> None:
+    try:
+        check_name(config.run.fleet, "run.fleet")
+    except InputError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    count, drawn = config.devices.count, config.participants
+    problems = {
+        f"devices.participants: {drawn} cannot be drawn from {count} devices": drawn > count,
+        f"round.quorum: {config.round.quorum} exceeds the {drawn} devices of a round": (
+            config.round.quorum > drawn
+        ),
+        "round.quorum: needs round.deadline_s > 0; without a deadline a round waits for all": (
+            config.round.quorum > 0 and config.round.deadline_s == 0
+        ),
+        "emulation.speed: has more entries than devices": len(config.emulation.speed) > count,
+        "emulation.delay_s: has more entries than devices": len(config.emulation.delay_s) > count,
+    }
+    for problem, holds in problems.items():
+        if holds:
+            raise ConfigError(f"{path}: {problem}")

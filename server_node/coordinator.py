@@ -1,0 +1,375 @@
+"""The coordinator: a state machine without I/O and without a clock. Events in, actions out.
+
+It decides who takes part in a round, what the server does with its time (tau steps for one device
+while others are awaited), and when the round closes. MQTT, an in-process fleet and the tests
+drive the same machine. It never sees tensors: frames are named by device and first k.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, NamedTuple
+
+from wire_protocol.directions import participants as draw_participants
+
+# Rounds in a row without a single finite contribution before the run is called diverged.
+BARREN_ROUNDS: Final = 5
+
+
+class Rules(NamedTuple):
+    """What the coordinator needs of the configuration; times in seconds."""
+
+    run_seed: int
+    rounds: int
+    participants: int
+    tau: int
+    directions: int  # K; 0 when the client half is frozen
+    quorum: int
+    deadline_s: float  # 0: none
+    rejoin_s: float
+    stall_s: float
+
+
+# -- actions: what the driver must do, in order
+
+
+class OpenRound(NamedTuple):
+    """Announce a round to its participants (indices, ascending)."""
+
+    round: int
+    participants: list[int]
+
+
+class Remind(NamedTuple):
+    """Tell one device (again) of the open round that still misses frames of it."""
+
+    device: int
+    round: int
+    participants: list[int]
+
+
+class Reply(NamedTuple):
+    """Send a device its K scalars: its round is complete."""
+
+    device: int
+    round: int
+    scalars: list[float]
+
+
+class Contribution(NamedTuple):
+    """One device's complete share of a round."""
+
+    device: int
+    client_scalars: list[float]  # (K,)
+    server_scalars: list[list[float]]  # (tau, K_s)
+
+
+class CloseRound(NamedTuple):
+    """Commit a round; contributions by ascending device, `dropped` says why others are missing."""
+
+    round: int
+    contributions: list[Contribution]
+    dropped: dict[int, str]
+    opened_s: float
+
+
+class Ignore(NamedTuple):
+    """A frame that changes nothing, and why."""
+
+    device: int
+    why: str
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    COMPLETE = "complete"
+    STALLED = "stalled"
+    DIVERGED = "diverged"
+
+
+class Finish(NamedTuple):
+    """The run is over."""
+
+    outcome: Outcome
+    detail: str
+
+
+Action = OpenRound | Remind | Reply | CloseRound | Ignore | Finish
+
+# -- work: what the driver should compute next, one piece at a time
+
+
+class Step(NamedTuple):
+    """Server step `step` of tau for a device."""
+
+    device: int
+    step: int
+
+
+class Measure(NamedTuple):
+    """Loss differences of a device's directions from `first_k` on."""
+
+    device: int
+    first_k: int
+
+
+Work = Step | Measure
+
+
+@dataclass
+class _Share:
+    """Progress of one participant in the open round."""
+
+    activation: bool = False
+    server_scalars: list[list[float]] = field(default_factory=list)
+    received: dict[int, int] = field(default_factory=dict)  # first k -> directions of the group
+    unmeasured: set[int] = field(default_factory=set)  # first k of groups without scalars yet
+    client_scalars: dict[int, float] = field(default_factory=dict)
+    dropped: str = ""
+    complete: bool = False
+
+
+class Coordinator:
+    """State of one run. `now_s` is any monotonic clock, the same in all calls."""
+
+    def __init__(self, rules: Rules, devices: list[int], now_s: float) -> None:
+        self._rules = rules
+        self._present = set(devices)
+        self._away_since_s: dict[int, float] = {}
+        self._gone: set[int] = set()
+        self._shares: dict[int, _Share] = {}
+        self._queue: deque[int] = deque()  # devices whose activation came, in that order
+        self._opened_s = self._progress_s = now_s
+        self._barren = 0
+        self.round = -1
+        self.finished: Finish | None = None
+
+    # -- events ------------------------------------------------------------------------------
+
+    def start(self, now_s: float) -> list[Action]:
+        """Open round 0."""
+        return self._open(0, now_s)
+
+    def joined(self, device: int, now_s: float) -> list[Action]:
+        """A device is (back) in touch; returns what it must be told of the open round."""
+        self._present.add(device)
+        self._away_since_s.pop(device, None)
+        self._gone.discard(device)
+        self._progress_s = now_s
+        share = self._shares.get(device)
+        if self.finished or share is None or share.dropped:
+            return self._open(self.round, now_s) if self._idle() else []
+        if share.complete:
+            return [self._reply(device, share)]
+        if self._delivered(share):
+            return []
+        return [Remind(device, self.round, sorted(self._shares))]
+
+    def left(self, device: int, now_s: float) -> list[Action]:
+        """A device's connection ended; its round waits `rejoin_s` for it."""
+        if device in self._present:
+            self._present.discard(device)
+            self._away_since_s[device] = now_s
+        return self.tick(now_s)
+
+    def activation(self, device: int, round_number: int, now_s: float) -> list[Action]:
+        """A device's activation and labels are here."""
+        share = self._awaited(device, round_number)
+        if isinstance(share, Ignore):
+            return [share]
+        if share.activation:
+            return [Ignore(device, "duplicate")]
+        share.activation = True
+        self._queue.append(device)
+        self._progress_s = now_s
+        return []
+
+    def differences(
+        self, device: int, round_number: int, first_k: int, count: int, now_s: float
+    ) -> list[Action]:
+        """A group of a device's differences is here."""
+        share = self._awaited(device, round_number)
+        if isinstance(share, Ignore):
+            return [share]
+        if first_k in share.received:
+            return [Ignore(device, "duplicate")]
+        overlap = any(first_k < k + n and k < first_k + count for k, n in share.received.items())
+        if overlap or first_k + count > self._rules.directions:
+            return [Ignore(device, "directions out of range")]
+        share.received[first_k] = count
+        share.unmeasured.add(first_k)
+        self._progress_s = now_s
+        return []
+
+    def stepped(self, device: int, scalars: list[float], finite: bool, now_s: float) -> list[Action]:
+        """A server step was computed: its K_s scalars."""
+        share = self._shares[device]
+        share.server_scalars.append(scalars)
+        return self._computed(device, share, finite, now_s)
+
+    def measured(
+        self, device: int, first_k: int, scalars: list[float], finite: bool, now_s: float
+    ) -> list[Action]:
+        """A group of loss differences was computed."""
+        share = self._shares[device]
+        share.unmeasured.discard(first_k)
+        share.client_scalars.update(enumerate(scalars, first_k))
+        return self._computed(device, share, finite, now_s)
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Time has passed: absences, deadline, stall."""
+        if self.finished:
+            return []
+        for device, since_s in list(self._away_since_s.items()):
+            if now_s - since_s >= self._rules.rejoin_s:
+                del self._away_since_s[device]
+                self._gone.add(device)
+                self._drop(device, "left")
+        if self._deadline_passed(now_s):
+            delivered = [d for d, share in self._live() if self._delivered(share)]
+            if len(delivered) >= max(1, self._rules.quorum):
+                for device, share in list(self._live()):
+                    if not self._delivered(share):
+                        self._drop(device, "deadline")
+        if now_s - self._progress_s >= self._rules.stall_s:
+            missing = [device for device, share in self._live() if not share.complete]
+            awaited = f"devices {missing}" if missing else "a device to come back"
+            return self._finish(
+                Outcome.STALLED,
+                f"round {self.round} waited {self._rules.stall_s:.0f} s for {awaited}",
+            )
+        return self._close_if_complete(now_s)
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def next_work(self) -> Work | None:
+        """The most useful piece of work, or None.
+
+        Answers first; otherwise the steps of the device whose activation came first, all tau of
+        them, so that the working copy is rebuilt as rarely as possible.
+        """
+        stepping: Work | None = None
+        for device in self._queue:
+            share = self._shares[device]
+            if share.dropped or share.complete:
+                continue
+            if len(share.server_scalars) < self._rules.tau:
+                stepping = stepping or Step(device, len(share.server_scalars))
+            elif share.unmeasured:
+                return Measure(device, min(share.unmeasured))
+        return stepping
+
+    def wake_s(self) -> float | None:
+        """When `tick` must be called at the latest, or None."""
+        if self.finished:
+            return None
+        times = [since_s + self._rules.rejoin_s for since_s in self._away_since_s.values()]
+        times.append(self._progress_s + self._rules.stall_s)
+        if self._rules.deadline_s:
+            times.append(self._opened_s + self._rules.deadline_s)
+        return min(times)
+
+    @property
+    def waiting(self) -> bool:
+        """True while a participant has not delivered all its frames."""
+        return any(not self._delivered(share) for _, share in self._live())
+
+    def in_round(self, device: int) -> bool:
+        """True while frames of this device for the open round are of use."""
+        share = self._shares.get(device)
+        return share is not None and not share.dropped
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _awaited(self, device: int, round_number: int) -> _Share | Ignore:
+        share = self._shares.get(device)
+        if self.finished or round_number < self.round:
+            return Ignore(device, "late")
+        if round_number > self.round or share is None:
+            return Ignore(device, "not asked")
+        if share.dropped:
+            return Ignore(device, "late")
+        return share
+
+    def _computed(self, device: int, share: _Share, finite: bool, now_s: float) -> list[Action]:
+        self._progress_s = now_s
+        if share.dropped:
+            return self._close_if_complete(now_s)
+        if not finite:
+            self._drop(device, "not finite")
+            return self._close_if_complete(now_s)
+        all_steps = len(share.server_scalars) == self._rules.tau
+        if not all_steps or len(share.client_scalars) < self._rules.directions:
+            return []
+        share.complete = True
+        return [self._reply(device, share), *self._close_if_complete(now_s)]
+
+    def _reply(self, device: int, share: _Share) -> Reply:
+        return Reply(device, self.round, _in_order(share.client_scalars))
+
+    def _drop(self, device: int, why: str) -> None:
+        share = self._shares.get(device)
+        if share is not None and not share.complete and not share.dropped:
+            share.dropped = why
+
+    def _close_if_complete(self, now_s: float) -> list[Action]:
+        if self.finished or not self._shares or not all(s.complete for _, s in self._live()):
+            return []
+        contributions = [
+            Contribution(device, _in_order(share.client_scalars), share.server_scalars)
+            for device, share in sorted(self._shares.items())
+            if share.complete
+        ]
+        dropped = {device: share.dropped for device, share in self._shares.items() if share.dropped}
+        if not contributions and "left" in dropped.values() and not self._candidates():
+            # Everybody left: the round stays open for whoever comes back.
+            self._shares = {}
+            self._queue.clear()
+            return []
+        self._barren = 0 if contributions else self._barren + 1
+        closed = CloseRound(self.round, contributions, dropped, self._opened_s)
+        self._shares = {}
+        self._queue.clear()
+        if self._barren >= BARREN_ROUNDS:
+            text = f"{BARREN_ROUNDS} rounds in a row gave no finite scalar; use smaller steps"
+            return [closed, *self._finish(Outcome.DIVERGED, text)]
+        return [closed, *self._open(self.round + 1, now_s)]
+
+    def _open(self, number: int, now_s: float) -> list[Action]:
+        self.round = number
+        if number >= self._rules.rounds:
+            return self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")
+        self._opened_s = self._progress_s = now_s
+        chosen = draw_participants(
+            self._rules.run_seed, number, self._candidates(), self._rules.participants
+        )
+        self._shares = {device: _Share() for device in chosen}
+        return [OpenRound(number, chosen)] if chosen else []
+
+    def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
+        self.finished = Finish(outcome, detail)
+        return [self.finished]
+
+    def _idle(self) -> bool:
+        return not self.finished and not self._shares and 0 <= self.round < self._rules.rounds
+
+    def _candidates(self) -> list[int]:
+        """Devices that may be drawn: present, or away for less than `rejoin_s`."""
+        return sorted((self._present | set(self._away_since_s)) - self._gone)
+
+    def _live(self) -> list[tuple[int, _Share]]:
+        return [(device, share) for device, share in self._shares.items() if not share.dropped]
+
+    def _delivered(self, share: _Share) -> bool:
+        return share.activation and sum(share.received.values()) == self._rules.directions
+
+    def _deadline_passed(self, now_s: float) -> bool:
+        deadline_s = self._rules.deadline_s
+        return bool(self._shares) and deadline_s > 0 and now_s >= self._opened_s + deadline_s
+
+
+def _in_order(scalars: dict[int, float]) -> list[float]:
+    return [scalars[k] for k in sorted(scalars)]

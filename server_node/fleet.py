@@ -1,0 +1,83 @@
+"""The devices of a server: who joined, with which index and session. Pure bookkeeping.
+
+Indices are given once. Before the first run, the lobby collects `count` devices and numbers them
+by (shard index, id), so that the order of arrival does not matter; later arrivals come after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from wire_protocol.messages import Join
+
+_NO_SHARD: Final = 1 << 33
+
+
+@dataclass
+class Member:
+    """One device."""
+
+    device_id: str
+    join: Join
+    index: int | None = None
+    ready: bool = False
+
+
+class Fleet:
+    """All devices that ever joined this server."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._members: dict[str, Member] = {}
+        self._open_lobby = True
+
+    def join(self, device_id: str, join: Join) -> list[Member]:
+        """Take note of a join; returns the members that have just received an index."""
+        member = self._members.setdefault(device_id, Member(device_id, join))
+        member.join = join
+        member.ready = False
+        if member.index is not None:
+            return []
+        waiting = [m for m in self._members.values() if m.index is None]
+        if self._open_lobby and len(waiting) < self._count:
+            return []
+        self._open_lobby = False
+        first = sum(m.index is not None for m in self._members.values())
+        waiting.sort(key=lambda m: (_shard_order(m.join), m.device_id))
+        for index, newcomer in enumerate(waiting, first):
+            newcomer.index = index
+        return waiting
+
+    def leave(self, device_id: str, epoch: int) -> Member | None:
+        """The member that this leave ends, or None when it is of an older session."""
+        member = self._members.get(device_id)
+        if member is None or member.join.epoch != epoch:
+            return None
+        member.ready = False
+        if member.index is None:
+            del self._members[device_id]
+        return member
+
+    def member(self, device_id: str) -> Member | None:
+        """A device by id."""
+        return self._members.get(device_id)
+
+    def numbered(self) -> list[Member]:
+        """Members with an index, in its order."""
+        members = [m for m in self._members.values() if m.index is not None]
+        return sorted(members, key=lambda m: m.index or 0)
+
+    def new_run(self) -> None:
+        """Everybody has to become ready again."""
+        for member in self._members.values():
+            member.ready = False
+
+    @property
+    def waiting_ids(self) -> list[str]:
+        """Devices in the lobby."""
+        return sorted(m.device_id for m in self._members.values() if m.index is None)
+
+
+def _shard_order(join: Join) -> int:
+    return join.shard_index if join.shard_index >= 0 else _NO_SHARD

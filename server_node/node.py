@@ -1,0 +1,300 @@
+"""The server on MQTT: one loop that takes events, computes in between, and keeps time."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from server_node.errors import DivergedError, LobbyError, NoProgressError
+from server_node.coordinator import Finish, Outcome
+from server_node.fleet import Fleet, Member
+from server_node.journal import DeviceJoined
+from server_node.prepare import Experiment, open_run
+from server_node.recorder import Traffic
+from server_node.run import FrameFault, Run
+from wire_protocol.directions import directions_digest
+from wire_protocol.errors import ProtocolError, TransportError
+from wire_protocol.frames import decode_frame
+from wire_protocol.manifest import sha256
+from wire_protocol.messages import (
+    CHUNK_BYTES,
+    Chunk,
+    DownMessage,
+    End,
+    Fetch,
+    Hello,
+    Join,
+    Leave,
+    Ready,
+    Refused,
+    Report,
+    UpMessage,
+    Welcome,
+    decode_up,
+    encode,
+)
+from wire_protocol.mqtt import Connected, Disconnected, LinkLike, Received
+from wire_protocol.topics import PROTOCOL_VERSION, Topics
+
+# How long the end of a run waits for the devices' last reports.
+LAST_REPORTS_S: Final = 5.0
+# A lost broker must come back within this time.
+OFFLINE_S: Final = 300.0
+_POLL_S: Final = 0.05
+# Snapshots kept for devices that are fetching them, beside the bundle's three blobs.
+_SNAPSHOTS_KEPT: Final = 4
+
+
+class Node:
+    """Serves one experiment to a fleet. `notify` gets progress as plain dictionaries."""
+
+    def __init__(
+        self, experiment: Experiment, link: LinkLike, notify: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.traffic = Traffic()
+        self._experiment, self._link, self._notify = experiment, link, notify
+        self._topics = Topics(experiment.config.run.fleet)
+        self._fleet = Fleet(experiment.config.devices.count)
+        self._bundle = {sha256(blob): blob for blob in experiment.blobs}
+        self._snapshots: dict[str, bytes] = {}
+        self._run: Run | None = None
+        self._final_reports: set[int] = set()
+        self._offline_since_s: float | None = None
+
+    # -- runs --------------------------------------------------------------------------------
+
+    def gather(self) -> None:
+        """Wait until the fleet is complete. Raises LobbyError."""
+        self.broadcast(Hello(secrets.randbits(63)))
+        deadline_s = time.monotonic() + self._experiment.config.round.lobby_s
+        while not self._fleet.numbered():
+            self._turn(_POLL_S)
+            self._check_lobby(deadline_s, self._fleet.waiting_ids)
+
+    def run(self, *, frozen: bool, final: bool) -> Run:
+        """Run the experiment once; the devices stay unless `final`.
+
+        Raises LobbyError, NoProgressError, DivergedError, TransportError.
+        """
+        members = self._fleet.numbered()
+        run = self._run = open_run(
+            self._experiment, frozen=frozen,
+            devices=[(m.index or 0, m.device_id) for m in members], outbox=self,
+            traffic=self.traffic, notify=self._notify,
+        )  # fmt: skip
+        reason = "interrupted"
+        try:
+            self._fleet.new_run()
+            for member in members:
+                self._welcome(member)
+            self._wait_ready()
+            run.start([m.index or 0 for m in self._fleet.numbered() if m.ready])
+            while run.finished is None:
+                worked = run.work()
+                self._turn(0.0 if worked else _POLL_S)
+            reason = run.finished.outcome.value
+            _raise_unless_complete(run.finished)
+        finally:
+            self._end(run, reason, final or reason != Outcome.COMPLETE.value)
+        return run
+
+    def _wait_ready(self) -> None:
+        deadline_s = time.monotonic() + self._experiment.config.round.lobby_s
+        while True:
+            ready = [m.device_id for m in self._fleet.numbered() if m.ready]
+            if len(ready) >= self._experiment.config.devices.count:
+                return
+            self._turn(_POLL_S)
+            self._check_lobby(deadline_s, ready)
+
+    def _check_lobby(self, deadline_s: float, here: list[str]) -> None:
+        count = self._experiment.config.devices.count
+        if time.monotonic() > deadline_s:
+            raise LobbyError(
+                f"{len(here)} of {count} devices were ready after "
+                f"{self._experiment.config.round.lobby_s:.0f} s ({', '.join(here) or 'none'}); "
+                "start the others, or lower devices.count"
+            )
+
+    def _end(self, run: Run, reason: str, final: bool) -> None:
+        """Tell the devices, collect their last reports, close the files."""
+        self.broadcast(End(run.header.run, final, reason))
+        self._final_reports.clear()
+        present = {m.index for m in self._fleet.numbered() if m.ready}
+        deadline_s = time.monotonic() + LAST_REPORTS_S
+        while not present <= self._final_reports and time.monotonic() < deadline_s:
+            if self._offline_since_s is not None:
+                break
+            self._turn(_POLL_S)
+        self._run = None
+        run.close(reason)
+
+    # -- the outbox of a run -----------------------------------------------------------------
+
+    def broadcast(self, message: DownMessage) -> None:
+        """To every device."""
+        self._link.publish(self._topics.broadcast, encode(message))
+
+    def send(self, device: int, message: DownMessage) -> None:
+        """To one device, by index."""
+        for member in self._fleet.numbered():
+            if member.index == device:
+                self._down(member.device_id, message)
+
+    def offer_blob(self, data: bytes) -> str:
+        """Make a blob fetchable; returns its digest."""
+        digest = sha256(data)
+        self._snapshots[digest] = data
+        while len(self._snapshots) > _SNAPSHOTS_KEPT:
+            del self._snapshots[next(iter(self._snapshots))]
+        return digest
+
+    def _down(self, device_id: str, message: DownMessage) -> None:
+        self._link.publish(self._topics.down(device_id), encode(message))
+
+    # -- events ------------------------------------------------------------------------------
+
+    def _turn(self, timeout_s: float) -> None:
+        """Take the events that are here, waiting at most `timeout_s` for the first; keep time."""
+        event = self._link.next_event(timeout_s)
+        while event is not None:
+            match event:
+                case Received():
+                    self._receive(event)
+                case Connected():
+                    self._offline_since_s = None
+                    self.broadcast(Hello(secrets.randbits(63)))
+                case Disconnected():
+                    self._lost(event)
+            event = self._link.next_event(0.0)
+        if self._run is not None:
+            self._run.tick()
+        offline = self._offline_since_s
+        if offline is not None and time.monotonic() - offline > OFFLINE_S:
+            raise TransportError(f"broker lost for {OFFLINE_S:.0f} s; the journal holds the run")
+
+    def _lost(self, event: Disconnected) -> None:
+        if event.fatal:
+            raise TransportError(
+                f"broker closed the connection: {event.reason}; does another server use fleet "
+                f"{self._topics.fleet!r}?"
+            )
+        self._notify({"event": "broker-lost", "reason": event.reason})
+        self._offline_since_s = self._offline_since_s or time.monotonic()
+
+    def _receive(self, event: Received) -> None:
+        uplink = self._topics.parse_uplink(event.topic)
+        if uplink is None:
+            return
+        member = self._fleet.member(uplink.device_id)
+        try:
+            if uplink.is_frame:
+                self._frame(member, event.payload)
+            else:
+                self._control(uplink.device_id, member, decode_up(event.payload))
+        except ProtocolError as error:
+            if self._run is not None:
+                self._run.refuse()
+            self._notify(
+                {"event": "refused-message", "device": uplink.device_id, "why": str(error)}
+            )
+
+    def _frame(self, member: Member | None, payload: bytes) -> None:
+        run = self._run
+        frame = decode_frame(payload)
+        if run is None or member is None or member.index is None:
+            return
+        if frame.run != run.header.run or frame.epoch != member.join.epoch:
+            return
+        try:
+            run.frame(member.index, frame)
+        except FrameFault as error:
+            run.refuse()
+            self._notify({"event": "refused-device", "device": member.device_id, "why": str(error)})
+            self._down(member.device_id, Refused(member.join.epoch, str(error)))
+
+    def _control(self, device_id: str, member: Member | None, message: UpMessage) -> None:
+        match message:
+            case Join():
+                self._join(device_id, message)
+            case Fetch():
+                self._serve_chunks(device_id, message)
+            case Leave():
+                self._leave(device_id, message)
+            case Ready() if member is not None and message.epoch == member.join.epoch:
+                self._ready(member, message)
+            case Report() if member is not None and message.epoch == member.join.epoch:
+                self._report(member, message)
+            case _:
+                pass
+
+    def _join(self, device_id: str, join: Join) -> None:
+        if join.protocol != PROTOCOL_VERSION:
+            why = f"it speaks protocol {join.protocol}, this server {PROTOCOL_VERSION}; update musplit"
+            self._down(device_id, Refused(join.epoch, why))
+            return
+        known = self._fleet.member(device_id)
+        if known is None or known.join.epoch != join.epoch:
+            self._notify({"event": "joined", "device": device_id, "samples": join.samples})
+        numbered = self._fleet.join(device_id, join)
+        if self._run is not None:
+            for member in numbered:
+                self._run.files.journal.append(DeviceJoined(member.index or 0, member.device_id))
+            member = self._fleet.member(device_id)
+            if member is not None:
+                self._welcome(member)
+
+    def _welcome(self, member: Member) -> None:
+        run = self._run
+        if run is None or member.index is None:
+            return
+        config = run.config
+        self._down(
+            member.device_id,
+            Welcome(
+                run=run.header.run, run_seed=config.run.seed, epoch=member.join.epoch,
+                device=member.index, manifest_sha256=self._experiment.exported.digest,
+                manifest_bytes=len(self._experiment.manifest_bytes),
+                directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
+                batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
+            ),
+        )  # fmt: skip
+
+    def _serve_chunks(self, device_id: str, fetch: Fetch) -> None:
+        blob = self._bundle.get(fetch.digest) or self._snapshots.get(fetch.digest)
+        if blob is None:
+            return
+        last = min(fetch.first + fetch.count, -(-len(blob) // CHUNK_BYTES))
+        for index in range(fetch.first, last):
+            begin = index * CHUNK_BYTES
+            self._down(device_id, Chunk(fetch.digest, index, blob[begin : begin + CHUNK_BYTES]))
+
+    def _leave(self, device_id: str, leave: Leave) -> None:
+        member = self._fleet.leave(device_id, leave.epoch)
+        if member is None:
+            return
+        self._notify({"event": "left", "device": device_id, "reason": leave.reason})
+        if self._run is not None and member.index is not None:
+            self._run.left(member.index)
+
+    def _ready(self, member: Member, ready: Ready) -> None:
+        if self._run is not None and ready.run == self._run.header.run and member.index is not None:
+            member.ready = True
+            self._run.ready(member.index, ready.next_round)
+
+    def _report(self, member: Member, report: Report) -> None:
+        run = self._run
+        if run is None or member.index is None or report.run != run.header.run:
+            return
+        run.report(member.index, member.device_id, report)
+        if run.finished is not None and report.round >= run.rounds_closed:
+            self._final_reports.add(member.index)
+
+
+def _raise_unless_complete(finish: Finish) -> None:
+    if finish.outcome is Outcome.STALLED:
+        raise NoProgressError(f"{finish.detail}; restart them, or set round.deadline_s")
+    if finish.outcome is Outcome.DIVERGED:
+        raise DivergedError(f"{finish.detail} (method.eta_s, method.eta_c)")

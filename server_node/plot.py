@@ -1,0 +1,44 @@
+"""The plot of a run: accuracy against rounds and against bytes, with the control in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+PLOT_FILE: Final = "accuracy.png"
+
+
+def plot_run(folder: Path, title: str) -> Path:
+    """Write FOLDER/accuracy.png from rounds.jsonl of the run and of its control."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    for name, label, style in (
+        ("", "both halves learn", "-"),
+        ("control", "frozen client (eta_c = 0)", "--"),
+    ):
+        rows = _evaluated(folder / name / "rounds.jsonl")
+        accuracy = [100 * row["accuracy"] for row in rows]
+        by_round.plot([row["round"] + 1 for row in rows], accuracy, style, label=label)
+        by_bytes.plot(
+            [(row["bytes_up"] + row["bytes_down"]) / 1e6 for row in rows], accuracy, style
+        )
+    by_round.set(xlabel="rounds", ylabel="test accuracy (%)", title=title)
+    by_bytes.set(xlabel="MB on the devices' TCP streams, both ways", title="bundle not counted")
+    for axes in (by_round, by_bytes):
+        axes.grid(alpha=0.3)
+    by_round.legend(loc="lower right")
+    path = folder / PLOT_FILE
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _evaluated(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if row["accuracy"] is not None]

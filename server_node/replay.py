@@ -1,0 +1,129 @@
+"""Rebuilding both halves from bundle, server half and journal alone: numpy only, no torch.
+
+The live server uses the same functions to close a round, so a replay cannot drift from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.server_half import read_server_half
+from server_node.errors import JournalError
+from server_node.journal import (
+    JOURNAL_FILE,
+    Digests,
+    Ended,
+    Header,
+    RoundClosed,
+    Share,
+    read_journal,
+)
+from wire_protocol.directions import DirectionGenerator
+from wire_protocol.estimator import apply_terms, client_terms, server_terms, step_scale
+from wire_protocol.manifest import MANIFEST_FILE, WEIGHTS_FILE, check_blob, parse_manifest, sha256
+from wire_protocol.messages import Commit, Entry
+
+Vector = NDArray[np.float32]
+
+
+class ReplayResult(NamedTuple):
+    """What a journal leads to, and whether it agrees with the digests the journal holds."""
+
+    rounds: int
+    client_sha256: str
+    server_sha256: str
+    matches: bool | None  # None: the journal holds no digests to compare with
+    complete: bool  # the run was ended rather than cut
+    notes: list[str]
+
+
+def client_commit(run: int, closed: RoundClosed, client_sha256: str = "") -> Commit:
+    """The commit that devices replay: the client's part of a journaled round."""
+    entries = [Entry(s.device, s.weight, s.client_scalars) for s in closed.shares]
+    return Commit(run, closed.round, closed.eta_c, closed.eta_g, entries, client_sha256)
+
+
+def apply_client(
+    weights: Vector, header: Header, closed: RoundClosed, generator: DirectionGenerator
+) -> None:
+    """Step the client half (d_c,) in place by one journaled round."""
+    commit = client_commit(header.run, closed)
+    apply_terms(weights, client_terms(header.run_seed, header.lam, commit), generator)
+
+
+def apply_server(
+    weights: Vector, header: Header, closed: RoundClosed, generator: DirectionGenerator
+) -> None:
+    """Step the server half (d_s,) in place: x += eta_g * sum_m w_m (x_m - x), from scalars."""
+    for share in closed.shares:
+        scalars = share_scalars(share)
+        scale = step_scale(
+            closed.eta_s, header.lam, share.directions_server, closed.eta_g * share.weight
+        )
+        terms = server_terms(header.run_seed, share.device, closed.round, scalars, scale)
+        apply_terms(weights, terms, generator)
+
+
+def share_scalars(share: Share) -> list[list[float]]:
+    """Server scalars of a share as (tau, K_s)."""
+    flat = np.frombuffer(share.server_scalars, "<f4")
+    rows: list[list[float]] = flat.reshape(-1, share.directions_server).tolist()
+    return rows
+
+
+def replay(folder: Path, halves: Path) -> ReplayResult:
+    """Replay FOLDER/journal.bin on HALVES/client and HALVES/server. Raises InputErrors."""
+    journal = read_journal(folder / JOURNAL_FILE)
+    header = journal.header
+    client, server = _initial_weights(halves, header)
+    generator = DirectionGenerator()
+    notes = list(journal.damage)
+    matches: bool | None = None
+    complete = False
+    rounds = 0
+    for record in journal.records:
+        if isinstance(record, RoundClosed):
+            if record.round != rounds:
+                raise JournalError(f"{folder / JOURNAL_FILE}: round {rounds} is missing")
+            apply_client(client, header, record, generator)
+            apply_server(server, header, record, generator)
+            rounds += 1
+        elif isinstance(record, Digests):
+            same = (sha256(client), sha256(server)) == (record.client_sha256, record.server_sha256)
+            if not same and matches is not False:
+                notes.append(f"digests differ from the journaled ones after {rounds} rounds")
+            matches = same and matches is not False
+        elif isinstance(record, Ended):
+            complete = True
+    return ReplayResult(rounds, sha256(client), sha256(server), matches, complete, notes)
+
+
+def _initial_weights(halves: Path, header: Header) -> tuple[Vector, Vector]:
+    folder = halves / "client"
+    data = _read(folder / MANIFEST_FILE)
+    if sha256(data) != header.manifest_sha256:
+        raise JournalError(
+            f"{folder}: another bundle than the journal's ({header.manifest_sha256[:12]}); "
+            "give the run's own"
+        )
+    manifest = parse_manifest(data, str(folder / MANIFEST_FILE))
+    weights = _read(folder / WEIGHTS_FILE)
+    check_blob(weights, manifest.weights, str(folder / WEIGHTS_FILE))
+    server_manifest, server = read_server_half(halves / "server")
+    if server_manifest.weights.sha256 != header.server_weights_sha256:
+        raise JournalError(f"{halves / 'server'}: another server half than the journal's")
+    return np.frombuffer(weights, "<f4", manifest.parameters).astype(np.float32), server
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise JournalError(
+            f"{path}: cannot be read ({error.strerror}); replay needs client/, server/ and "
+            f"{JOURNAL_FILE}"
+        ) from error

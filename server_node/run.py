@@ -1,0 +1,347 @@
+"""One run: the coordinator's actions carried out, its work computed. No MQTT in here.
+
+An `Outbox` takes the messages; the MQTT node, the in-process fleet and tests bring their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server_node.checkpoint import save_checkpoint
+from server_node.config import Config
+from server_node.coordinator import (
+    Action,
+    CloseRound,
+    Coordinator,
+    Finish,
+    Ignore,
+    OpenRound,
+    Remind,
+    Reply,
+    Rules,
+    Step,
+    Work,
+)
+from server_node.evaluation import Evaluator
+from server_node.half import ActivationBatch, Scores, ServerHalf
+from server_node.journal import Digests, Ended, Header, JournalWriter, RoundClosed, Share
+from server_node.recorder import Recorder, RoundMetrics, Traffic
+from server_node.replay import apply_client, apply_server, client_commit
+from server_node.schedule import step_factor
+from server_node.trace import COMPUTE, SERVER_PID, Trace
+from wire_protocol.directions import DirectionGenerator
+from wire_protocol.frames import Frame, FrameKind
+from wire_protocol.manifest import Manifest, sha256
+from wire_protocol.messages import Commit, DownMessage, Report, Round, Scalars, Snapshot, encode
+
+Vector = NDArray[np.float32]
+
+
+class Outbox(Protocol):
+    """Where a run's messages go."""
+
+    def broadcast(self, message: DownMessage) -> None: ...
+
+    def send(self, device: int, message: DownMessage) -> None: ...
+
+    def offer_blob(self, data: bytes) -> str: ...
+
+
+class Files(NamedTuple):
+    """The open files of a run folder."""
+
+    folder: Path
+    journal: JournalWriter
+    recorder: Recorder
+    trace: Trace
+
+
+class FrameFault(Exception):
+    """A frame that does not fit the run: its sender's fault."""
+
+
+class Run:
+    """State of one run between events. All times come from `time.monotonic`."""
+
+    def __init__(
+        self, config: Config, header: Header, manifest: Manifest, half: ServerHalf,
+        evaluator: Evaluator, client: Vector, server: Vector, files: Files, outbox: Outbox,
+        traffic: Traffic, notify: Callable[[dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self.config, self.header, self.files = config, header, files
+        self.client, self.server = client, server
+        self.finished: Finish | None = None
+        self.scores: Scores | None = None
+        self.server_steps = self.contributions = self.rounds_closed = 0
+        self.busy_s = self.busy_waiting_s = 0.0
+        self._manifest, self._half, self._evaluator = manifest, half, evaluator
+        self._outbox, self._traffic, self._notify = outbox, traffic, notify
+        self._generator = DirectionGenerator()
+        self._coordinator: Coordinator | None = None
+        self._commits: list[Commit] = []
+        self._commit_bytes: list[int] = []
+        self._closed: CloseRound | None = None  # recorded once the next round is on its way
+        self._batches: dict[int, ActivationBatch] = {}
+        self._differences: dict[tuple[int, int], Vector] = {}
+        self._stepped: dict[int, list[list[float]]] = {}
+        self._counts = {"late": 0, "duplicate": 0, "refused": 0}
+        self._mark = (0.0, 0.0, 0)  # busy, busy while waiting, steps at the last round's end
+        self._unix_offset_s = time.time() - time.monotonic()
+
+    # -- events ------------------------------------------------------------------------------
+
+    def start(self, devices: list[int]) -> None:
+        """Everybody is ready: score the initial weights, open round 0."""
+        method, rule = self.config.method, self.config.round
+        self._half.load(self.server)
+        self.scores = self._evaluator.scores(self.client, self._half)
+        rules = Rules(
+            run_seed=self.config.run.seed, rounds=self.config.run.rounds,
+            participants=self.config.participants, tau=method.tau, directions=self.directions,
+            quorum=rule.quorum, deadline_s=rule.deadline_s, rejoin_s=rule.rejoin_s,
+            stall_s=rule.stall_s,
+        )  # fmt: skip
+        self._coordinator = Coordinator(rules, devices, time.monotonic())
+        self._perform(self._coordinator.start(time.monotonic()))
+
+    @property
+    def directions(self) -> int:
+        """K that devices are asked for; a frozen client half needs none."""
+        return self.config.method.directions_client if self.config.method.eta_c else 0
+
+    def ready(self, device: int, next_round: int) -> None:
+        """A device tells its round: send what it misses, then the open round."""
+        if self._coordinator is None:
+            return
+        known = next_round <= len(self._commits)
+        if not known or sum(self._commit_bytes[next_round:]) > self.client.nbytes:
+            digest = self._outbox.offer_blob(self.client.astype("<f4").tobytes())
+            self._outbox.send(
+                device, Snapshot(self.header.run, len(self._commits), digest, self.client.nbytes)
+            )
+        else:
+            for commit in self._commits[next_round:]:
+                self._outbox.send(device, commit)
+        self._perform(self._coordinator.joined(device, time.monotonic()))
+
+    def left(self, device: int) -> None:
+        """A device's connection ended."""
+        if self._coordinator is not None:
+            self._perform(self._coordinator.left(device, time.monotonic()))
+
+    def report(self, device: int, device_id: str, report: Report) -> None:
+        """A device's costs of a round."""
+        self._traffic.add(device, report)
+        self.files.recorder.device(device_id, device, report)
+        self.files.trace.device_round(device, device_id, report)
+
+    def frame(self, device: int, frame: Frame) -> None:
+        """A device's tensor. Raises FrameFault when it does not fit this run."""
+        coordinator = self._coordinator
+        if coordinator is None:
+            return
+        now_s = time.monotonic()
+        self.files.trace.instant(
+            f"{frame.kind.name.lower()} arrived", now_s + self._unix_offset_s,
+            device=device, round=frame.round, first_k=frame.first_k,
+        )  # fmt: skip
+        self._check(frame)
+        if frame.kind is FrameKind.ACTIVATION:
+            actions = coordinator.activation(device, frame.round, now_s)
+            if not actions:
+                self._batches[device] = self._half.place(frame.tensor, frame.labels)
+        else:
+            count = len(frame.tensor)
+            actions = coordinator.differences(device, frame.round, frame.first_k, count, now_s)
+            if not actions:
+                self._differences[device, frame.first_k] = frame.tensor
+        self._perform(actions)
+
+    def refuse(self) -> None:
+        """Count a frame that was refused."""
+        self._counts["refused"] += 1
+
+    def tick(self) -> None:
+        """Let time pass."""
+        if self._coordinator is not None:
+            self._perform(self._coordinator.tick(time.monotonic()))
+
+    # -- work --------------------------------------------------------------------------------
+
+    def work(self) -> bool:
+        """Compute one piece of work; False when there is none."""
+        work = self._coordinator.next_work() if self._coordinator is not None else None
+        if work is None or self._coordinator is None or self.finished:
+            return False
+        waiting = self._coordinator.waiting
+        begin_s = time.monotonic()
+        number = self._coordinator.round
+        actions = self._compute(work, self._coordinator)
+        seconds = time.monotonic() - begin_s
+        self.busy_s += seconds
+        self.busy_waiting_s += seconds if waiting else 0.0
+        name = "step" if isinstance(work, Step) else "measure"
+        self.files.trace.span(
+            SERVER_PID, COMPUTE, name, begin_s + self._unix_offset_s, seconds,
+            round=number, **work._asdict(),
+        )  # fmt: skip
+        self._perform(actions)
+        return True
+
+    def _compute(self, work: Work, coordinator: Coordinator) -> list[Action]:
+        begin_s = time.monotonic()
+        done = self._stepped.setdefault(work.device, [])
+        batch = self._batches[work.device]
+        if isinstance(work, Step):
+            scalars = self._half.step(work.device, batch, done)
+            done.append(scalars)
+            self.server_steps += 1
+            pad_s = self.config.server.min_step_s - (time.monotonic() - begin_s)
+            if pad_s > 0:
+                time.sleep(pad_s)
+            return coordinator.stepped(work.device, scalars, _finite(scalars), time.monotonic())
+        differences = self._differences.pop((work.device, work.first_k))
+        scalars = self._half.measure(work.device, batch, differences, done)
+        return coordinator.measured(
+            work.device, work.first_k, scalars, _finite(scalars), time.monotonic()
+        )
+
+    # -- actions -----------------------------------------------------------------------------
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case OpenRound():
+                    self._open(action)
+                case Remind():
+                    message = Round(self.header.run, action.round, action.participants)
+                    self._outbox.send(action.device, message)
+                case Reply():
+                    payload = np.asarray(action.scalars, "<f4").tobytes()
+                    self._outbox.send(
+                        action.device, Scalars(self.header.run, action.round, payload)
+                    )
+                case CloseRound():
+                    self._close(action)
+                case Ignore():
+                    self._counts["duplicate" if action.why == "duplicate" else "late"] += 1
+                case Finish():
+                    self.finished = action
+        if self._closed is not None:  # the devices compute meanwhile
+            closed, self._closed = self._closed, None
+            self._settle(closed)
+
+    def _open(self, opened: OpenRound) -> None:
+        factor = step_factor(self.config.method.schedule, opened.round, self.config.run.rounds)
+        self._half.start_round(opened.round, self.config.method.eta_s * factor)
+        self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
+
+    def _close(self, closed: CloseRound) -> None:
+        method = self.config.method
+        factor = step_factor(method.schedule, closed.round, self.config.run.rounds)
+        weight = 1.0 / max(1, len(closed.contributions))
+        shares = [
+            Share(
+                c.device, weight, np.asarray(c.client_scalars, "<f4").tobytes(),
+                np.asarray(c.server_scalars, "<f4").tobytes(), method.directions_server,
+            )
+            for c in closed.contributions
+        ]  # fmt: skip
+        record = RoundClosed(
+            closed.round, method.eta_c * factor, method.eta_s * factor, method.eta_g, shares
+        )
+        self.files.journal.append(record)
+        apply_client(self.client, self.header, record, self._generator)
+        apply_server(self.server, self.header, record, self._generator)
+        self._half.load(self.server)
+        self._batches.clear()
+        self._differences.clear()
+        self._stepped.clear()
+        self.rounds_closed += 1
+        self.contributions += len(closed.contributions)
+        digest = sha256(self.client) if self._due(closed.round) else ""
+        commit = client_commit(self.header.run, record, digest)
+        self._commits.append(commit)
+        self._commit_bytes.append(len(encode(commit)))
+        self._outbox.broadcast(commit)
+        self._closed = closed
+
+    def _due(self, number: int) -> bool:
+        """True for rounds that are evaluated."""
+        last = number + 1 == self.config.run.rounds
+        return last or (number + 1) % self.config.evaluation.every == 0
+
+    def _settle(self, closed: CloseRound) -> None:
+        """Evaluate, checkpoint and record a closed round."""
+        due = self._due(closed.round)
+        if due:
+            self.scores = self._evaluator.scores(self.client, self._half)
+            self.files.journal.append(
+                Digests(closed.round + 1, sha256(self.client), sha256(self.server))
+            )
+            self.files.journal.sync()
+            save_checkpoint(self.files.folder, closed.round + 1, self.client, self.server)
+        self._record(closed, self.scores if due else None)
+
+    def _record(self, closed: CloseRound, scores: Scores | None) -> None:
+        now_s = time.monotonic()
+        busy_s, waiting_s, steps = self._mark
+        traffic = self._traffic.totals()
+        metrics = RoundMetrics(
+            round=closed.round, accuracy=scores.accuracy if scores else None,
+            loss=scores.loss if scores else None, contributions=len(closed.contributions),
+            dropped=len(closed.dropped), late_frames=self._counts["late"],
+            duplicate_frames=self._counts["duplicate"], refused_frames=self._counts["refused"],
+            tau=self.config.method.tau, server_steps=self.server_steps - steps,
+            seconds=now_s - closed.opened_s, server_busy_s=self.busy_s - busy_s,
+            server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
+            bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],
+        )  # fmt: skip
+        self._mark = (self.busy_s, self.busy_waiting_s, self.server_steps)
+        self._counts = dict.fromkeys(self._counts, 0)
+        self.files.trace.span(
+            SERVER_PID, COMPUTE + 2, f"round {closed.round}",
+            closed.opened_s + self._unix_offset_s, now_s - closed.opened_s,
+            dropped={str(device): why for device, why in closed.dropped.items()},
+        )  # fmt: skip
+        self._notify({"event": "round", **self.files.recorder.round(metrics)})
+
+    def close(self, reason: str) -> None:
+        """End the journal and close all files."""
+        self.files.journal.append(
+            Digests(self.rounds_closed, sha256(self.client), sha256(self.server))
+        )
+        self.files.journal.append(Ended(reason))
+        self.files.journal.close()
+        self.files.recorder.close()
+        self.files.trace.close()
+        save_checkpoint(self.files.folder, self.rounds_closed, self.client, self.server)
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def _check(self, frame: Frame) -> None:
+        batch, shape = self.config.devices.batch, tuple(self._manifest.activation.shape)
+        activation = frame.kind is FrameKind.ACTIVATION
+        have = frame.tensor.shape if activation else frame.tensor.shape[1:]
+        labels = batch if activation else 0
+        if have != (batch, *shape) or len(frame.labels) != labels or not len(frame.tensor):
+            raise FrameFault(
+                f"{frame.kind.name.lower()} of shape {frame.tensor.shape} with {len(frame.labels)} "
+                f"labels, the run wants {(batch, *shape)} with {labels}"
+            )
+        if activation and int(frame.labels.max()) >= self._manifest.classes:
+            raise FrameFault(
+                f"label {int(frame.labels.max())} is outside 0..{self._manifest.classes - 1}"
+            )
+        if not np.isfinite(frame.tensor).all():
+            raise FrameFault(f"{frame.kind.name.lower()} holds values that are not finite")
+
+
+def _finite(scalars: list[float]) -> bool:
+    return bool(np.isfinite(scalars).all())

@@ -1,0 +1,12 @@
+"""Step sizes over a run. Only the server evaluates them; the journal carries what was used."""
+
+from __future__ import annotations
+
+import math
+
+
+def step_factor(schedule: str, round_number: int, rounds: int) -> float:
+    """Factor on eta_c and eta_s in a round: 1, or half a cosine from 1 towards 0."""
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * round_number / rounds))

@@ -1,0 +1,67 @@
+"""`musplit serve`: prepare, gather the fleet, run, run the frozen-client control, sum up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server_node.config import Config
+from server_node.node import Node
+from server_node.partition import shard_name
+from server_node.plot import plot_run
+from server_node.prepare import prepare
+from server_node.summary import RunResult, summarise, write_summary
+from wire_protocol.mqtt import Address, Link
+from wire_protocol.topics import Topics
+
+
+def serve(
+    config: Config, address: Address, folder: Path, *, connect_s: float,
+    notify: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Serve one experiment; returns the summary, which is also in FOLDER/summary.json.
+
+    Raises a MusplitError; the journal and the metrics written so far stay.
+    """
+    experiment = prepare(config, folder)
+    notify(
+        {"event": "prepared", "folder": str(folder), "bundle_sha256": experiment.exported.digest,
+         "parameters_client": experiment.exported.manifest.parameters,
+         "parameters_server": experiment.exported.server_parameters}
+    )  # fmt: skip
+    link = Link(
+        f"musplit-server-{config.run.fleet}", address,
+        subscriptions=Topics(config.run.fleet).all_uplinks,
+    )  # fmt: skip
+    link.open(connect_s)
+    try:
+        notify(
+            {"event": "waiting", "devices": config.devices.count,
+             "command": device_command(config, address)}
+        )  # fmt: skip
+        node = Node(experiment, link, notify)
+        node.gather()
+        main = _run(node, frozen=False, final=not config.evaluation.control)
+        control = _run(node, frozen=True, final=True) if config.evaluation.control else None
+    finally:
+        link.close()
+    summary = summarise(experiment, main, control, f"MQTT {link.protocol}")
+    write_summary(folder, summary)
+    plot_run(folder, f"{config.data.source}, {config.model.name}, tau {config.method.tau}")
+    notify({"event": "summary", **summary})
+    return summary
+
+
+def device_command(config: Config, address: Address) -> str:
+    """What to paste on the first device."""
+    fleet = "" if config.run.fleet == "lab" else f" --fleet {config.run.fleet}"
+    return f"musplit device --id device-000 --broker {address}{fleet} --data {shard_name(0)}"
+
+
+def _run(node: Node, *, frozen: bool, final: bool) -> RunResult:
+    node.traffic.start_run()
+    begin_s = time.monotonic()
+    run = node.run(frozen=frozen, final=final)
+    return RunResult(run, time.monotonic() - begin_s, node.traffic.totals())

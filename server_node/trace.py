@@ -1,0 +1,74 @@
+"""Who did what when, as a Chrome trace (the "JSON Array Format" of the Trace Event Format).
+
+Opens in Perfetto or chrome://tracing. Times are wall-clock microseconds; devices report their own.
+The file is a valid trace at any moment: viewers accept an array without its closing bracket.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from wire_protocol.messages import Report
+
+SERVER_PID: Final = 1
+DEVICES_PID: Final = 2
+COMPUTE: Final = 1
+NETWORK: Final = 2
+
+
+class Trace:
+    """Appends events; `close` completes the JSON array."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._file.write("[")
+        self._separator = "\n"
+        self._named: set[int] = set()
+        self._name("process_name", SERVER_PID, 0, "server")
+        self._name("thread_name", SERVER_PID, COMPUTE, "compute")
+        self._name("thread_name", SERVER_PID, NETWORK, "network")
+        self._name("process_name", DEVICES_PID, 0, "devices")
+
+    def span(
+        self, pid: int, tid: int, name: str, start_s: float, seconds: float, **args: object
+    ) -> None:
+        """A piece of work: start as Unix time."""
+        self._event(
+            {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": round(start_s * 1e6, 1),
+             "dur": round(seconds * 1e6, 1), "args": args}
+        )  # fmt: skip
+
+    def instant(self, name: str, at_s: float, **args: object) -> None:
+        """Something that arrived at, or left, the server."""
+        self._event(
+            {"ph": "i", "s": "t", "pid": SERVER_PID, "tid": NETWORK, "name": name,
+             "ts": round(at_s * 1e6, 1), "args": args}
+        )  # fmt: skip
+
+    def device_round(self, index: int, device_id: str, report: Report) -> None:
+        """A device's round by phase. The phases alternate in truth; here they are summed."""
+        if index not in self._named:
+            self._named.add(index)
+            self._name("thread_name", DEVICES_PID, index + 1, device_id)
+        at_s = report.started_unix_s
+        if not at_s:
+            return
+        for phase in ("perturb_s", "forward_s", "encode_s", "wait_s", "replay_s"):
+            seconds = getattr(report, phase)
+            name = phase.removesuffix("_s")
+            self.span(DEVICES_PID, index + 1, name, at_s, seconds, round=report.round)
+            at_s += seconds
+
+    def close(self) -> None:
+        """Complete the array."""
+        self._file.write("\n]\n")
+        self._file.close()
+
+    def _name(self, kind: str, pid: int, tid: int, name: str) -> None:
+        self._event({"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"name": name}})
+
+    def _event(self, event: dict[str, Any]) -> None:
+        self._file.write(self._separator + json.dumps(event, separators=(",", ":")))
+        self._separator = ",\n"

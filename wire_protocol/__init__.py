@@ -1,0 +1,1 @@
+"""The contract of both sides: messages, tensor frames, topics, directions, replay arithmetic."""

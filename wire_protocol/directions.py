@@ -1,0 +1,171 @@
+"""Seeded +-1 directions and seeded integers, as pure functions of their coordinates.
+
+A direction is the sign pattern u of a zeroth-order perturbation. Nobody sends it: both sides
+compute it from (run seed, half, device index, round, server step, k). Rademacher signs lie
+exactly on the sphere of radius sqrt(d), and theta + (+-s) is one IEEE rounding, so replaying
+a run gives the same bits on every machine.
+
+Generator: Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
+counter-based, hence random access. Packing, injective because no two fields share a bit::
+
+    key     = [run_seed, stream << 32 | device]
+    counter = [block + 1, round << 32 | step, k, 0]
+
+A block is four 64-bit words = 256 signs; words are read as little-endian bytes, bits LSB first,
+a set bit means -1. The "+ 1" is numpy's: its Philox increments the counter before each block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIGNS_PER_BLOCK: Final = 256
+_WORDS_PER_BLOCK: Final = 4
+# 64 Ki signs: the 256 KiB float32 scratch stays in a board's L2 cache.
+_CHUNK_BLOCKS: Final = 256
+_LIMIT_32: Final = 1 << 32
+_LIMIT_64: Final = 1 << 64
+
+
+class Stream(IntEnum):
+    """What the integers are for; the first two are the halves of the model."""
+
+    CLIENT_HALF = 0
+    SERVER_HALF = 1
+    BATCH = 2
+    PARTICIPATION = 3
+
+
+class DirectionId(NamedTuple):
+    """Coordinates of one direction. All fields are non-negative; seed < 2**64, others < 2**32."""
+
+    run_seed: int
+    half: Stream
+    device: int
+    round: int
+    step: int
+    k: int
+
+    def check(self) -> None:
+        """Raise ValueError when a field does not fit its place in the packing."""
+        if not 0 <= self.run_seed < _LIMIT_64:
+            raise ValueError(f"run_seed {self.run_seed} is outside 0..2**64-1")
+        for name in ("half", "device", "round", "step", "k"):
+            if not 0 <= getattr(self, name) < _LIMIT_32:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 0..2**32-1")
+
+
+class DirectionGenerator:
+    """Generates directions; holds one generator object and one chunk of scratch, no state."""
+
+    def __init__(self) -> None:
+        # The seed given here is never used: every call sets key and counter.
+        self._philox = np.random.Philox(key=0)
+        self._state = self._philox.state
+        # Row b: the eight signs of byte b, LSB first; a set bit is -1.
+        bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
+        self._signs = (1 - 2 * bits).astype(np.float32)
+        self._table = np.empty_like(self._signs)
+        self._scratch = np.empty((_CHUNK_BLOCKS * SIGNS_PER_BLOCK // 8, 8), np.float32)
+
+    def words(self, direction: DirectionId, first_block: int, blocks: int) -> NDArray[np.uint64]:
+        """Raw Philox words (blocks * 4,) of a direction, from `first_block` on."""
+        direction.check()
+        inner = self._state["state"]
+        inner["key"] = np.array(
+            [direction.run_seed, direction.half << 32 | direction.device], np.uint64
+        )
+        inner["counter"] = np.array(
+            [first_block, direction.round << 32 | direction.step, direction.k, 0], np.uint64
+        )
+        self._state["buffer_pos"] = _WORDS_PER_BLOCK  # nothing is left over from the last call
+        self._philox.state = self._state
+        return self._philox.random_raw(blocks * _WORDS_PER_BLOCK)
+
+    def signs(self, direction: DirectionId, start: int, stop: int) -> NDArray[np.float32]:
+        """Elements start..stop of the direction, float32 +-1, shape (stop - start,)."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"slice {start}:{stop} is not a forward slice")
+        first = start // SIGNS_PER_BLOCK
+        blocks = -(-stop // SIGNS_PER_BLOCK) - first
+        octets = _octets(self.words(direction, first, blocks))
+        skip = start - first * SIGNS_PER_BLOCK
+        return self._signs[octets].reshape(-1)[skip : skip + stop - start].copy()
+
+    def add_scaled(
+        self,
+        direction: DirectionId,
+        scale: float,
+        base: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None:
+        """out = base + scale * u, all (d,) float32; one rounding an element; out may be base."""
+        np.multiply(self._signs, np.float32(scale), out=self._table)
+        total = base.shape[0]
+        for first in range(0, -(-total // SIGNS_PER_BLOCK), _CHUNK_BLOCKS):
+            begin = first * SIGNS_PER_BLOCK
+            end = min(total, begin + _CHUNK_BLOCKS * SIGNS_PER_BLOCK)
+            octet_count = -(-(end - begin) // 8)
+            blocks = -(-(end - begin) // SIGNS_PER_BLOCK)
+            octets = _octets(self.words(direction, first, blocks))[:octet_count]
+            part = self._scratch[:octet_count]
+            # mode="clip" spares numpy a buffered copy; octets are in range by type.
+            np.take(self._table, octets, axis=0, out=part, mode="clip")
+            np.add(base[begin:end], part.reshape(-1)[: end - begin], out=out[begin:end])
+
+
+def _octets(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    return words.astype("<u8", copy=False).view(np.uint8)
+
+
+def batch_indices(
+    run_seed: int, device: int, round_number: int, batch: int, samples: int
+) -> NDArray[np.int64]:
+    """Indices (batch,) that a device draws in a round: consecutive pieces of seeded permutations.
+
+    Every sample is seen once before any is seen again; a batch may span two permutations.
+    """
+    if samples < 1:
+        raise ValueError("a shard needs at least one sample")
+    positions = np.arange(round_number * batch, (round_number + 1) * batch)
+    chosen = np.empty(batch, np.int64)
+    for epoch in np.unique(positions // samples):
+        here = positions // samples == epoch
+        order = permutation(DirectionId(run_seed, Stream.BATCH, device, int(epoch), 0, 0), samples)
+        chosen[here] = order[positions[here] % samples]
+    return chosen
+
+
+def participants(run_seed: int, round_number: int, devices: list[int], count: int) -> list[int]:
+    """The `count` devices (ascending) that take part in a round, drawn from `devices`."""
+    ordered = sorted(devices)
+    draw = DirectionId(run_seed, Stream.PARTICIPATION, 0, round_number, 0, 0)
+    order = permutation(draw, len(ordered))
+    return sorted(ordered[i] for i in order[:count])
+
+
+def permutation(draw: DirectionId, length: int) -> NDArray[np.int64]:
+    """A permutation (length,) that is a pure function of its coordinates."""
+    words = DirectionGenerator().words(draw, 0, -(-length // _WORDS_PER_BLOCK))[:length]
+    return np.argsort(words, kind="stable")
+
+
+def directions_digest(run_seed: int) -> str:
+    """SHA-256 over sample directions that differ in each field: compared in the handshake."""
+    generator = DirectionGenerator()
+    origin = DirectionId(run_seed, Stream.CLIENT_HALF, 0, 0, 0, 0)
+    others = [
+        origin._replace(half=Stream.SERVER_HALF),
+        *(origin._replace(**{field: 1}) for field in ("device", "round", "step", "k")),
+    ]
+    digest = hashlib.sha256()
+    for direction in (origin, *others):
+        digest.update(_octets(generator.words(direction, 0, 2)).tobytes())
+        digest.update(_octets(generator.words(direction, 1 << 40, 1)).tobytes())
+    digest.update(batch_indices(run_seed, 0, 1, 5, 7).astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""The client bundle: a manifest and the two blobs it names. No I/O here, only checked bytes.
+
+manifest.json   what this module describes; its SHA-256 is the bundle's digest
+client.onnx     the client half as a graph; every parameter and buffer is a named input
+weights.bin     parameters (float32, little-endian, contiguous), then buffers
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Annotated, Final, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+from numpy.typing import NDArray
+
+from wire_protocol.errors import InputError
+from wire_protocol.messages import Digest
+
+FORMAT: Final = "musplit-bundle/1"
+MANIFEST_FILE: Final = "manifest.json"
+GRAPH_FILE: Final = "client.onnx"
+WEIGHTS_FILE: Final = "weights.bin"
+MAX_MANIFEST_BYTES: Final = 16 << 20
+MAX_BLOB_BYTES: Final = 4 << 30
+
+Count = Annotated[int, Meta(ge=0)]
+Dimensions = Annotated[list[Annotated[int, Meta(ge=1)]], Meta(max_length=5)]
+
+
+class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Blob(_Strict):
+    """A file of the bundle."""
+
+    sha256: Digest
+    size_bytes: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
+
+
+class TensorSpec(_Strict):
+    """One graph input that is not data."""
+
+    name: str
+    shape: list[Count]
+    dtype: Literal["float32", "int64"]
+    offset_bytes: Count
+    kind: Literal["parameter", "buffer"]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class Transform(_Strict):
+    """(x - mean) / std in float32; one number each, or one per element of a sample."""
+
+    mean: list[float]
+    std: list[float]
+
+
+class InputSpec(_Strict):
+    """A sample as the graph takes it (without the batch dimension), and how to get there."""
+
+    name: str
+    shape: Dimensions
+    dtype: Literal["float32"]
+    transform: Transform
+
+
+class ActivationSpec(_Strict):
+    """What crosses the cut (without the batch dimension)."""
+
+    name: str
+    shape: Dimensions
+    dtype: Literal["float32"]
+
+
+class Manifest(_Strict):
+    """Everything a device must know of its half."""
+
+    format: Literal["musplit-bundle/1"]
+    model: str
+    cut: str
+    classes: Annotated[int, Meta(ge=2)]
+    opset: int
+    graph: Blob
+    weights: Blob
+    parameters: Annotated[int, Meta(ge=0)]  # d_c: perturbed float32 elements, first in weights.bin
+    tensors: list[TensorSpec]
+    input: InputSpec
+    activation: ActivationSpec
+    parity_max_relative_error: float
+    versions: dict[str, str]
+
+
+class Bundle(_Strict):
+    """A whole, checked bundle."""
+
+    digest: str
+    manifest: Manifest
+    graph: bytes
+    weights: bytes
+
+    def initial_parameters(self) -> NDArray[np.float32]:
+        """The flat client weights (d_c,) that round 0 starts from: a fresh array."""
+        return np.frombuffer(self.weights, "<f4", self.manifest.parameters).astype(np.float32)
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Check a manifest. Raises InputError naming `where`."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise InputError(f"{where}: {len(data)} bytes are too many for a manifest")
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise InputError(f"{where}: not a bundle manifest ({error}); export it again") from error
+    _check_layout(manifest, where)
+    return manifest
+
+
+def check_blob(data: bytes, blob: Blob, where: str) -> None:
+    """Raise InputError unless `data` is the blob: truncation and alteration are told apart."""
+    if len(data) != blob.size_bytes:
+        raise InputError(
+            f"{where}: {len(data)} bytes instead of {blob.size_bytes}: truncated or from another "
+            "bundle; copy it again"
+        )
+    if sha256(data) != blob.sha256:
+        raise InputError(f"{where}: digest differs from the manifest's; copy the bundle again")
+
+
+def assemble(manifest_data: bytes, graph: bytes, weights: bytes, where: str) -> Bundle:
+    """A Bundle of three checked parts. Raises InputError."""
+    manifest = parse_manifest(manifest_data, f"{where}/{MANIFEST_FILE}")
+    check_blob(graph, manifest.graph, f"{where}/{GRAPH_FILE}")
+    check_blob(weights, manifest.weights, f"{where}/{WEIGHTS_FILE}")
+    return Bundle(sha256(manifest_data), manifest, graph, weights)
+
+
+def prepare_input(x: NDArray[np.generic], spec: InputSpec) -> NDArray[np.float32]:
+    """Raw samples (n, *shape) -> graph input (n, *spec.shape) float32, by the declared transform."""
+    flat = x.reshape(len(x), -1).astype(np.float32)
+    mean = np.asarray(spec.transform.mean, np.float32)
+    std = np.asarray(spec.transform.std, np.float32)
+    return ((flat - mean) / std).reshape(len(x), *spec.shape)
+
+
+def same_shape(have: tuple[int, ...], want: Sequence[int]) -> bool:
+    """True when two sample shapes are equal up to dimensions of 1 (28x28 fits 1x28x28)."""
+    return [n for n in have if n > 1] == [n for n in want if n > 1]
+
+
+def sha256(data: bytes | memoryview | NDArray[np.float32]) -> str:
+    """Hexadecimal SHA-256; of an array, its bytes in row-major order."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _check_layout(manifest: Manifest, where: str) -> None:
+    expected = 0
+    for tensor in manifest.tensors:
+        if tensor.offset_bytes != expected:
+            raise InputError(f"{where}: tensor {tensor.name} does not follow its predecessor")
+        if tensor.kind == "parameter" and tensor.dtype != "float32":
+            raise InputError(f"{where}: parameter {tensor.name} is not float32")
+        expected += tensor.size_bytes
+    parameters = [t for t in manifest.tensors if t.kind == "parameter"]
+    if manifest.tensors[: len(parameters)] != parameters:
+        raise InputError(f"{where}: parameters must come before buffers")
+    if expected != manifest.weights.size_bytes:
+        raise InputError(f"{where}: tensors add up to {expected} bytes, not the weights' size")
+    if sum(t.size_bytes for t in parameters) != manifest.parameters * 4:
+        raise InputError(f"{where}: 'parameters' does not match the tensors")
+    elements = math.prod(manifest.input.shape)
+    for values in (manifest.input.transform.mean, manifest.input.transform.std):
+        if len(values) not in (1, elements):
+            raise InputError(f"{where}: transform has {len(values)} numbers for {elements} inputs")

@@ -1,0 +1,227 @@
+"""Control messages: typed structs, msgpack behind an 8-byte envelope, capped in size.
+
+Envelope: magic "MUSC", CRC-32 (zlib, little-endian) of the body; the body is one msgpack map whose
+"type" names the message. Unknown types, unknown keys and values out of range are refused.
+Who sends what, and when, is told in docs/wire-protocol.md.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from wire_protocol.errors import ChecksumError, MessageError, TruncatedError
+
+MAGIC: Final = b"MUSC"
+MAX_CONTROL_BYTES: Final = 1 << 20
+# Below every broker's default packet limit (see docs/wire-protocol.md).
+CHUNK_BYTES: Final = 32 << 10
+_ENVELOPE: Final = struct.Struct("<4sI")
+_Union = TypeVar("_Union")
+
+U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
+# msgpack readers in other languages often stop at 63 bits.
+U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Text = Annotated[str, Meta(max_length=400)]
+Seconds = Annotated[float, Meta(ge=0)]
+Chunk32K = Annotated[bytes, Meta(max_length=CHUNK_BYTES)]
+
+
+class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of every control message."""
+
+
+# device -> server
+
+
+class Join(_Message, tag="join"):
+    """I am here; sent on every connect and on every Hello until a Welcome or Refused comes."""
+
+    epoch: U63
+    protocol: U32
+    version: Text
+    shard_index: Annotated[int, Meta(ge=-1, lt=1 << 32)]  # -1: the shard does not say
+    samples: U32
+
+
+class Fetch(_Message, tag="fetch"):
+    """Send me chunks first..first+count of the blob of this digest."""
+
+    digest: Digest
+    first: U32
+    count: Annotated[int, Meta(ge=1, le=64)]
+
+
+class Ready(_Message, tag="ready"):
+    """My weights are those before round `next_round`; send what I miss. Repeated when idle."""
+
+    run: U63
+    epoch: U63
+    next_round: U32
+
+
+class Report(_Message, tag="report"):
+    """What one round cost this device. Cumulative byte counts are of the TCP stream."""
+
+    run: U63
+    epoch: U63
+    round: U32
+    started_unix_s: Seconds
+    perturb_s: Seconds
+    forward_s: Seconds
+    encode_s: Seconds
+    wait_s: Seconds
+    replay_s: Seconds
+    bytes_up: U63
+    bytes_down: U63
+    bundle_bytes_up: U63
+    bundle_bytes_down: U63
+    rss_bytes: U63
+    peak_rss_bytes: U63
+
+
+class Leave(_Message, tag="leave"):
+    """I am gone: said on exit, or by the broker as this session's last will."""
+
+    epoch: U63
+    reason: Text
+
+
+# server -> device
+
+
+class Hello(_Message, tag="hello"):
+    """The server has just (re)connected: every device joins again."""
+
+    server_epoch: U63
+
+
+class Welcome(_Message, tag="welcome"):
+    """Your index, and everything that the arithmetic of this run depends on."""
+
+    run: U63
+    run_seed: U63
+    epoch: U63  # the device's session this answers
+    device: U32
+    manifest_sha256: Digest
+    manifest_bytes: U32
+    directions_sha256: Digest
+    lam: Annotated[float, Meta(gt=0)]
+    batch: Annotated[int, Meta(ge=1, lt=1 << 20)]
+    directions: U32  # K; 0 in a frozen-client control run
+    rounds: U32
+
+
+class Refused(_Message, tag="refused"):
+    """You cannot take part, and why."""
+
+    epoch: U63
+    reason: Text
+
+
+class Chunk(_Message, tag="chunk"):
+    """One piece of a blob; the last may be short."""
+
+    digest: Digest
+    index: U32
+    data: Chunk32K
+
+
+class Round(_Message, tag="round"):
+    """Round `round` is open for these devices (indices, ascending)."""
+
+    run: U63
+    round: U32
+    participants: list[U32]
+
+
+class Scalars(_Message, tag="scalars"):
+    """Your round is complete; the K loss differences (float32, little-endian) are the reply."""
+
+    run: U63
+    round: U32
+    scalars: bytes
+
+
+class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One device's share of a commit."""
+
+    device: U32
+    weight: float
+    scalars: bytes  # K float32, little-endian: L(h+) - L(h-) per direction
+
+
+class Commit(_Message, tag="commit"):
+    """The client half's step of one round; applying it is docs/wire-protocol.md, "Replay"."""
+
+    run: U63
+    round: U32
+    eta_c: float
+    eta_g: float
+    entries: list[Entry]  # ascending device index
+    client_sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""  # after this commit
+
+
+class Snapshot(_Message, tag="snapshot"):
+    """Cheaper than the commits you miss: the client weights before `next_round`, as a blob."""
+
+    run: U63
+    next_round: U32
+    sha256: Digest
+    size_bytes: U63
+
+
+class End(_Message, tag="end"):
+    """The run is over; `final` devices may go, others wait for the next Hello."""
+
+    run: U63
+    final: bool
+    reason: Text
+
+
+UpMessage = Join | Fetch | Ready | Report | Leave
+DownMessage = Hello | Welcome | Refused | Chunk | Round | Scalars | Commit | Snapshot | End
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_UP: Final = msgspec.msgpack.Decoder(UpMessage)
+_DOWN: Final = msgspec.msgpack.Decoder(DownMessage)
+
+
+def encode(message: UpMessage | DownMessage) -> bytes:
+    """The payload of a control message. Raises MessageError when it exceeds the cap."""
+    body = _ENCODER.encode(message)
+    if len(body) + _ENVELOPE.size > MAX_CONTROL_BYTES:
+        raise MessageError(f"{type(message).__name__} of {len(body)} bytes exceeds the cap")
+    return _ENVELOPE.pack(MAGIC, zlib.crc32(body)) + body
+
+
+def decode_up(payload: bytes | memoryview) -> UpMessage:
+    """Check and decode what a device sent. Raises a ProtocolError."""
+    return _decode(_UP, payload)
+
+
+def decode_down(payload: bytes | memoryview) -> DownMessage:
+    """Check and decode what the server sent. Raises a ProtocolError."""
+    return _decode(_DOWN, payload)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_Union], payload: bytes | memoryview) -> _Union:
+    if len(payload) > MAX_CONTROL_BYTES:
+        raise MessageError(f"control message of {len(payload)} bytes exceeds {MAX_CONTROL_BYTES}")
+    if len(payload) < _ENVELOPE.size:
+        raise TruncatedError(f"control message of {len(payload)} bytes has no whole envelope")
+    magic, crc = _ENVELOPE.unpack_from(payload)
+    body = memoryview(payload)[_ENVELOPE.size :]
+    if magic != MAGIC:
+        raise MessageError(f"control message starts with {magic!r}, not {MAGIC!r}")
+    if zlib.crc32(body) != crc:
+        raise ChecksumError("control message checksum does not match: the payload was altered")
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageError(f"control message is malformed: {error}") from error
