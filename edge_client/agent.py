@@ -178,8 +178,8 @@ class Agent:
             self._start(bundle)
         elif self._settings.bundle is not None:
             raise BundleError(
-                f"{self._settings.bundle}: bundle has digest {bundle.digest[:12] if bundle else ''}, "
-                f"the run wants {welcome.manifest_sha256[:12]}; leave out --bundle to fetch it"
+                f"{self._settings.bundle}: another bundle than the run's "
+                f"({welcome.manifest_sha256[:12]}); leave out --bundle to fetch it"
             )
         else:
             self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
@@ -205,13 +205,14 @@ class Agent:
             blob = manifest.graph if len(self._parts) == 1 else manifest.weights
             self._request(BlobFetch(blob.sha256, blob.size_bytes))
             return
-        self._store.save_bundle(*self._parts)
+        manifest_data, graph, weights = self._parts
+        self._store.save_bundle(manifest_data, graph, weights)
         up, down = self._fetch_began
         self._bundle_bytes = (
             self._bundle_bytes[0] + self._link.bytes_up - up,
             self._bundle_bytes[1] + self._link.bytes_down - down,
         )
-        self._start(assemble(*self._parts, "fetched bundle"))
+        self._start(assemble(manifest_data, graph, weights, "fetched bundle"))
 
     def _request(self, fetch: BlobFetch) -> None:
         self._fetch = fetch
@@ -329,7 +330,7 @@ class Agent:
     def _join(self) -> None:
         self._send(
             Join(
-                self._epoch, PROTOCOL_VERSION, version("musplit"), self._shard.index,
+                self._epoch, PROTOCOL_VERSION, version("musplit"), self._shard.shard_index,
                 self._shard.samples,
             )
         )  # fmt: skip

@@ -24,6 +24,7 @@ class BlobFetch:
 
     @property
     def complete(self) -> bool:
+        """True when every chunk is here."""
         return len(self._chunks) == self._count
 
     def restart(self) -> None:

@@ -23,9 +23,7 @@ def run_device(
     shard = load_shard(data)
     store = StateStore(state)
     epoch = new_epoch()
-    will = Will(
-        topics.control(settings.device_id), encode(Leave(epoch, "connection lost"))
-    )
+    will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
         settings.device_id, address, will=will,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),

@@ -54,7 +54,7 @@ class ClientSession:
             ) from error
 
     def forward(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """x (batch, *input shape) -> activation (batch, *activation shape).
+        """X (batch, *input shape) -> activation (batch, *activation shape).
 
         The result is the session's own buffer: copy it before the next call.
         """
@@ -64,9 +64,7 @@ class ClientSession:
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
         # The pointer is bound, not the array: `_store` and `_input` keep it alive.
-        self._binding.bind_input(
-            name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-        )
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
 def runtime_version() -> str:

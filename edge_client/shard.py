@@ -23,10 +23,11 @@ class Shard(NamedTuple):
     path: Path
     x: NDArray[np.generic]
     y: NDArray[np.int64]
-    index: int
+    shard_index: int
 
     @property
     def samples(self) -> int:
+        """How many samples the shard holds."""
         return len(self.y)
 
 
@@ -36,7 +37,9 @@ def load_shard(path: Path) -> Shard:
         with np.load(path, allow_pickle=False) as archive:
             missing = {"x", "y"} - set(archive.files)
             if missing:
-                raise ShardError(f"{path}: array {sorted(missing)[0]!r} is missing; a shard holds x and y")
+                raise ShardError(
+                    f"{path}: array {min(missing)!r} is missing; a shard holds x and y"
+                )
             x, y = archive["x"], archive["y"]
             index = int(archive["shard_index"]) if "shard_index" in archive.files else -1
     except FileNotFoundError as error:

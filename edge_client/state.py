@@ -51,7 +51,9 @@ class StateStore:
             (folder / "bundles").mkdir(parents=True, exist_ok=True)
             self._lock: IO[bytes] = (folder / "lock").open("wb")
         except OSError as error:
-            raise StateError(f"{folder}: cannot be used as state folder ({error.strerror})") from error
+            raise StateError(
+                f"{folder}: cannot be used as state folder ({error.strerror})"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -82,9 +84,7 @@ class StateStore:
     def save_weights(self, saved: SavedWeights) -> None:
         """Replace the saved weights atomically. Raises StateError."""
         body = _FIELDS.pack(saved.run, saved.next_round) + saved.weights.astype("<f4").tobytes()
-        self._replace(
-            self.folder / "weights.state", _MAGIC + hashlib.sha256(body).digest() + body
-        )
+        self._replace(self.folder / "weights.state", _MAGIC + hashlib.sha256(body).digest() + body)
 
     def load_bundle(self, digest: str) -> Bundle | None:
         """A fetched bundle, or None when it is not here or damaged."""

@@ -27,7 +27,9 @@ class Forward(Protocol):
 
     parameters: Vector
 
-    def forward(self, x: Vector) -> Vector: ...
+    def forward(self, x: Vector) -> Vector:
+        """X (batch, *input shape) -> activation (batch, *activation shape)."""
+        ...
 
 
 class Activation(NamedTuple):

@@ -108,16 +108,14 @@ def mosquitto_configuration(address: Address) -> str:
 
 
 async def _run_amqtt(address: Address) -> None:
-    from amqtt.broker import Broker
+    from amqtt.broker import Broker  # noqa: PLC0415 - not needed where mosquitto is
 
     logging.getLogger("amqtt").setLevel(logging.ERROR)
     logging.getLogger("transitions").setLevel(logging.ERROR)
     host = f"[{address.host}]" if ":" in address.host else address.host
     settings: dict[str, Any] = {
         "listeners": {"default": {"type": "tcp", "bind": f"{host}:{address.port}"}},
-        "plugins": {
-            "amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}
-        },
+        "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
     }
     broker = Broker(settings)
     stop = asyncio.Event()

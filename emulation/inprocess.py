@@ -80,7 +80,7 @@ class InProcessFleet:
             self._shuffle.shuffle(frames)
         for device, frame in frames:
             run.frame(device, frame)
-            if self._shuffle is not None and self._shuffle.random() < 0.5:
+            if self._shuffle is not None and self._shuffle.getrandbits(1):
                 run.work()
         while run.work():
             pass

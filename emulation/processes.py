@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -32,7 +32,8 @@ class Processes:
             output: int | IO[bytes] = subprocess.PIPE if pipe_output else file
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=file,
-                start_new_session=True, preexec_fn=_die_with_parent(),
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),  # noqa: PLW1509 - two system calls, no locks
             )  # fmt: skip
         self._running.append(process)
         return process
@@ -77,7 +78,7 @@ def musplit_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "musplit", *arguments]
 
 
-def _die_with_parent() -> object:
+def _die_with_parent() -> Callable[[], None] | None:
     """On Linux: the kernel ends the child when its parent dies, even of SIGKILL."""
     if not sys.platform.startswith("linux"):
         return None

@@ -7,7 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TextIO
+from typing import Any, Final, NamedTuple, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -85,7 +85,7 @@ class ProgressView:
         self._phase = "training"
         self._accuracy = self._loss = float("nan")
 
-    def __enter__(self) -> ProgressView:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -144,7 +144,11 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
     table.add_column("both halves learn", justify="right")
     table.add_column("frozen client", justify="right")
     rows = (
-        ("test accuracy", _percent(summary["accuracy"]), _percent(summary["accuracy_frozen_client"])),
+        (
+            "test accuracy",
+            _percent(summary["accuracy"]),
+            _percent(summary["accuracy_frozen_client"]),
+        ),
         ("test loss", _number(summary["loss"]), _number(summary["loss_frozen_client"])),
         ("seconds", _number(summary["seconds"]), _number(summary["seconds_control"])),
         ("MB up", _megabytes(summary["bytes_up"]), _megabytes(summary["control_bytes_up"])),

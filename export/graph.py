@@ -108,7 +108,7 @@ def check_parity(graph: bytes, half: Half, input_shape: tuple[int, ...], seed: i
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns about packages that are not needed here (torchvision)."""
+    """Torch's exporter warns about packages that are not needed here (torchvision)."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

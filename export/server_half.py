@@ -51,24 +51,27 @@ def write_server_half(
 
 def read_server_half(folder: Path) -> tuple[ServerManifest, NDArray[np.float32]]:
     """The manifest and the flat server weights (d_s,): no torch needed. Raises HalfError."""
+    data, weights = _read(folder / MANIFEST_FILE), _read(folder / WEIGHTS_FILE)
     try:
-        data = (folder / MANIFEST_FILE).read_bytes()
-        weights = (folder / WEIGHTS_FILE).read_bytes()
         manifest = msgspec.json.decode(data, type=ServerManifest)
         check_blob(weights, manifest.weights, str(folder / WEIGHTS_FILE))
-        if manifest.model_file_sha256:
-            source = (folder / MODEL_FILE).read_bytes()
-            if sha256(source) != manifest.model_file_sha256:
-                raise HalfError(f"{folder / MODEL_FILE}: was altered since the export; export again")
-    except OSError as error:
-        raise HalfError(
-            f"{error.filename}: cannot be read ({error.strerror}); a server half holds "
-            f"{MANIFEST_FILE} and {WEIGHTS_FILE}"
-        ) from error
     except msgspec.DecodeError as error:
         raise HalfError(f"{folder / MANIFEST_FILE}: not a server half ({error})") from error
-    except HalfError:
-        raise
     except InputError as error:
         raise HalfError(str(error)) from error
+    source = manifest.model_file_sha256
+    if source and sha256(_read(folder / MODEL_FILE)) != source:
+        raise HalfError(f"{folder / MODEL_FILE}: was altered since the export; export again")
+    if manifest.parameters * 4 > len(weights):
+        raise HalfError(f"{folder / MANIFEST_FILE}: 'parameters' exceeds the weights")
     return manifest, np.frombuffer(weights, "<f4", manifest.parameters).astype(np.float32)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise HalfError(
+            f"{path}: cannot be read ({error.strerror}); a server half holds {MANIFEST_FILE} "
+            f"and {WEIGHTS_FILE}"
+        ) from error

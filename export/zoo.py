@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,9 @@ def build_model(name: str, seed: int, input_shape: tuple[int, ...] | None) -> Bu
                 f"model {name!r} is unknown: use mlp:64-32-32-10, lenet, or path/to/file.py:factory"
             )
     if input_shape is not None and math.prod(shape) != math.prod(input_shape):
-        raise ModelError(f"model {name!r} takes samples of shape {shape}, the data has {input_shape}")
+        raise ModelError(
+            f"model {name!r} takes samples of shape {shape}, the data has {input_shape}"
+        )
     return BuiltModel(name, module.eval(), shape, None)
 
 
@@ -61,7 +64,7 @@ def _mlp(
     if len(widths) < 3 or min(widths) < 1:
         raise ModelError(f"model {name!r}: an mlp to be cut needs three widths or more, all >= 1")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False), 1):
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
         linear = nn.Linear(fan_in, fan_out)
         last = i == len(widths) - 1
         layers[f"fc{i}"] = linear if last else nn.Sequential(linear, nn.ReLU())
@@ -88,7 +91,9 @@ def _build_own(
     name: str, path: Path, factory: str, input_shape: tuple[int, ...] | None
 ) -> BuiltModel:
     if input_shape is None:
-        raise ModelError(f"model {name!r}: say what a sample looks like, e.g. --input-shape 1,28,28")
+        raise ModelError(
+            f"model {name!r}: say what a sample looks like, e.g. --input-shape 1,28,28"
+        )
     if not path.is_file():
         raise ModelError(f"{path}: no such file; MODEL is path/to/file.py:factory")
     spec = importlib.util.spec_from_file_location("musplit_user_model", path)

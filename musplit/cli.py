@@ -26,7 +26,7 @@ _SHAPE_HELP = "Sample shape without the batch, e.g. 1,28,28; needed for your own
 @click.group(context_settings=_CONTEXT)
 @click.version_option(package_name="musplit", message="musplit %(version)s")
 def main() -> None:
-    """Split federated learning for boards: forward-only devices, zeroth-order updates, MQTT.
+    r"""Split federated learning for boards: forward-only devices, zeroth-order updates, MQTT.
 
     \b
     On a laptop, everything at once:   musplit emulate
@@ -47,7 +47,7 @@ def main() -> None:
 def export(
     model: str, cut: str, out: Path, seed: int, input_shape: str | None, output: str
 ) -> None:
-    """Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
+    r"""Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
 
     MODEL is mlp:64-32-32-10, lenet, or path/to/file.py:factory, a function that returns an
     nn.Sequential. Every export is proved against torch with perturbed weights.
@@ -83,10 +83,10 @@ def export(
               help="Dirichlet concentration by label; 0 is iid, 0.1 very skewed.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="Seed of the partition: run.seed.")
 @click.option("--holdout", default=0.0, type=click.FloatRange(0, 1, max_open=True),
-              show_default=True, help="Leave this part of the training set out: data.holdout.")  # fmt: skip
+              show_default=True, help="Part of the training set to leave out.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out: Path) -> None:
-    """Write the data shards that boards carry: OUT/shard-000.npz and so on.
+    r"""Write the data shards that boards carry: OUT/shard-000.npz and so on.
 
     DATA is 'digits', an npz file with x_train, y_train, x_test, y_test, or a folder of IDX files.
 
@@ -114,7 +114,7 @@ def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out:
 @click.option("--threads", default=1, type=click.IntRange(1), show_default=True,
               help="Threads of ONNX Runtime.")  # fmt: skip
 @click.option("--speed", default=1.0, type=click.FloatRange(0, 1, min_open=True),
-              show_default=True, help="Pad each forward to 1/speed of its time: a slower board.")  # fmt: skip
+              show_default=True, help="Pad each forward to 1/speed of its time.")  # fmt: skip
 @click.option("--delay-s", default=0.0, type=click.FloatRange(0), show_default=True, metavar="S",
               help="Wait before each round's first forward: a straggler.")  # fmt: skip
 @click.option("--wait-s", default=600.0, show_default=True, metavar="S",
@@ -126,7 +126,7 @@ def device(
     state: Path | None, threads: int, speed: float, delay_s: float, wait_s: float,
     offline_s: float,
 ) -> None:  # fmt: skip
-    """Take part in a run as one device: forward passes only, no torch.
+    r"""Take part in a run as one device: forward passes only, no torch.
 
     Fetches the client bundle when it lacks it, answers rounds, replays commits, and keeps its
     state on disk, so that it can be killed and started again at any time.
@@ -157,7 +157,7 @@ def serve(
     config: Path, broker: str, connect_s: float, out: Path | None, overrides: tuple[str, ...],
     output: str,
 ) -> None:  # fmt: skip
-    """Run an experiment as its server: export, wait for the devices, train, run the control.
+    r"""Run an experiment as its server: export, wait for the devices, train, run the control.
 
     CONFIG is a TOML file; docs/configuration.md explains every field. Prints the command to paste
     on a device. Ctrl-C ends the run and keeps what was journaled.
@@ -183,7 +183,7 @@ def serve(
               help="Where to listen; beyond loopback only with --insecure.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines can reach.")
 def broker(listen: str, insecure: bool) -> None:
-    """Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
+    r"""Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
 
     \b
     musplit broker
@@ -210,7 +210,7 @@ def broker(listen: str, insecure: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path),
               help="Run folder.  [default: runs/NAME-TIME]")  # fmt: skip
 @click.option("--require", "required", multiple=True, metavar="FIELD>=VALUE",
-              help="Fail unless the summary holds this; repeatable. E.g. accuracy>=0.9")  # fmt: skip
+              help="Fail unless the summary has it; repeatable: accuracy>=0.9")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path),
               help="Write the requirements as a JUnit report.")  # fmt: skip
 @format_option
@@ -219,7 +219,7 @@ def emulate(
     clients: int | None, seed: int | None, quick: bool, out: Path | None,
     required: tuple[str, ...], junit: Path | None, output: str,
 ) -> None:  # fmt: skip
-    """Run broker, server and devices as processes on this machine, and stop them all.
+    r"""Run broker, server and devices as processes on this machine, and stop them all.
 
     CONFIG defaults to the digits experiment. Exit code 1 when a --require does not hold.
 
@@ -250,7 +250,7 @@ def emulate(
               help="Where client/ and server/ lie.  [default: RUN, then its parent]")  # fmt: skip
 @format_option
 def replay(run: Path, halves: Path | None, output: str) -> None:
-    """Rebuild both halves of a run from bundle, server half and journal, and compare digests.
+    r"""Rebuild both halves of a run from bundle, server half and journal, and compare digests.
 
     RUN holds journal.bin, client/ and server/; nothing else is needed, on any processor. Exit
     code 1 when the digests differ from the journaled ones.

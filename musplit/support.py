@@ -61,7 +61,7 @@ def parse_address(text: str) -> Any:
     from wire_protocol.mqtt import DEFAULT_PORT, Address
 
     host, colon, port = text.rpartition(":")
-    if text.endswith("]") or not colon or text.count(":") > 1 and not text.startswith("["):
+    if text.endswith("]") or not colon or (text.count(":") > 1 and not text.startswith("[")):
         host, port = text, str(DEFAULT_PORT)
     host = host.strip("[]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

@@ -29,32 +29,42 @@ class _Section(Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class RunSection(_Section):
+class RunSection(_Section, frozen=True):
+    """Which run, how long, for whom."""
+
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     rounds: AtLeast1 = 200
     fleet: str = "lab"
 
 
-class ModelSection(_Section):
+class ModelSection(_Section, frozen=True):
+    """What is trained, and where it is cut."""
+
     name: str = "mlp:64-32-32-10"
     cut: str = "fc1"
 
 
-class DataSection(_Section):
+class DataSection(_Section, frozen=True):
+    """What it is trained on."""
+
     source: str = "digits"
     standardise: Literal["none", "global", "feature"] = "global"
     alpha: NotNegative = 0.0
     holdout: Fraction = 0.0
 
 
-class DevicesSection(_Section):
+class DevicesSection(_Section, frozen=True):
+    """The fleet."""
+
     count: AtLeast1 = 8
     participants: Count = 0
     batch: AtLeast1 = 32
     threads: AtLeast1 = 1
 
 
-class MethodSection(_Section):
+class MethodSection(_Section, frozen=True):
+    """MU-SplitFed: directions, steps and tau."""
+
     tau: AtLeast1 = 16
     directions_client: AtLeast1 = 16
     directions_server: AtLeast1 = 1
@@ -65,7 +75,9 @@ class MethodSection(_Section):
     schedule: Literal["constant", "cosine"] = "cosine"
 
 
-class RoundSection(_Section):
+class RoundSection(_Section, frozen=True):
+    """How long a round waits, and for whom."""
+
     quorum: Count = 0
     deadline_s: Seconds = 0.0
     rejoin_s: Seconds = 60.0
@@ -73,23 +85,29 @@ class RoundSection(_Section):
     lobby_s: Positive = 300.0
 
 
-class ServerSection(_Section):
+class ServerSection(_Section, frozen=True):
+    """Where the server half computes."""
+
     device: Literal["cpu", "cuda"] = "cpu"
     threads: AtLeast1 = 1
     min_step_s: Seconds = 0.0
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(_Section, frozen=True):
+    """When the test set is scored."""
+
     every: AtLeast1 = 10
     control: bool = True
 
 
-class EmulationSection(_Section):
+class EmulationSection(_Section, frozen=True):
+    """What an emulated fleet is slowed by; ignored by real boards."""
+
     speed: list[Positive] = []
     delay_s: list[Seconds] = []
 
 
-class Config(_Section):
+class Config(_Section, frozen=True):
     """One run. Sections and fields are those of the TOML file."""
 
     run: RunSection = RunSection()
@@ -156,7 +174,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: msgspec.ValidationError) -> str:
-    """msgspec's "... - at `$.method.tau`" with the field in front."""
+    """Msgspec's "... - at `$.method.tau`" with the field in front."""
     what, _, where = str(error).partition(" - at `$")
     return f"{where.strip('`.')}: {what}" if where else what
 

@@ -7,6 +7,7 @@ drive the same machine. It never sees tensors: frames are named by device and fi
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -204,20 +205,20 @@ class Coordinator:
         self._progress_s = now_s
         return []
 
-    def stepped(self, device: int, scalars: list[float], finite: bool, now_s: float) -> list[Action]:
+    def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
         """A server step was computed: its K_s scalars."""
         share = self._shares[device]
         share.server_scalars.append(scalars)
-        return self._computed(device, share, finite, now_s)
+        return self._computed(device, share, scalars, now_s)
 
     def measured(
-        self, device: int, first_k: int, scalars: list[float], finite: bool, now_s: float
+        self, device: int, first_k: int, scalars: list[float], now_s: float
     ) -> list[Action]:
         """A group of loss differences was computed."""
         share = self._shares[device]
         share.unmeasured.discard(first_k)
         share.client_scalars.update(enumerate(scalars, first_k))
-        return self._computed(device, share, finite, now_s)
+        return self._computed(device, share, scalars, now_s)
 
     def tick(self, now_s: float) -> list[Action]:
         """Time has passed: absences, deadline, stall."""
@@ -294,11 +295,13 @@ class Coordinator:
             return Ignore(device, "late")
         return share
 
-    def _computed(self, device: int, share: _Share, finite: bool, now_s: float) -> list[Action]:
+    def _computed(
+        self, device: int, share: _Share, scalars: list[float], now_s: float
+    ) -> list[Action]:
         self._progress_s = now_s
         if share.dropped:
             return self._close_if_complete(now_s)
-        if not finite:
+        if not all(map(math.isfinite, scalars)):
             self._drop(device, "not finite")
             return self._close_if_complete(now_s)
         all_steps = len(share.server_scalars) == self._rules.tau

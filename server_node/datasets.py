@@ -32,10 +32,6 @@ class Dataset(NamedTuple):
     x_test: NDArray[np.generic]
     y_test: NDArray[np.int64]
 
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return self.x_train.shape[1:]
-
 
 def load_dataset(source: str, holdout: float = 0.0) -> Dataset:
     """Load a data set; `holdout` replaces the test set by that part of the training set.
@@ -78,9 +74,11 @@ def _as_float32(values: NDArray[np.float64]) -> list[float]:
 
 def _digits() -> Dataset:
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - only this data set needs it
     except ImportError as error:
-        raise DataError("data 'digits': needs scikit-learn; pip install 'musplit[emulation]'") from error
+        raise DataError(
+            "data 'digits': needs scikit-learn; pip install 'musplit[emulation]'"
+        ) from error
     x, y = load_digits(return_X_y=True)
     order = permutation(DirectionId(_SPLIT_SEED, Stream.BATCH, 0, 0, 0, 0), len(y))
     test = round(len(y) * _DIGITS_TEST_FRACTION)
@@ -123,7 +121,9 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
         data = path.read_bytes()
         data = gzip.decompress(data) if path is packed else data
     except FileNotFoundError as error:
-        raise DataError(f"{plain}: no such file (nor .gz); an IDX folder holds four files") from error
+        raise DataError(
+            f"{plain}: no such file (nor .gz); an IDX folder holds four files"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _IDX_UINT8:
@@ -134,7 +134,9 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
     shape = struct.unpack_from(f">{dims}I", data, 4)
     body = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
     if body.size != np.prod(shape, dtype=np.int64):
-        raise DataError(f"{path}: {body.size} values, its header promises {'x'.join(map(str, shape))}")
+        raise DataError(
+            f"{path}: {body.size} values, its header promises {'x'.join(map(str, shape))}"
+        )
     return body.reshape(shape)
 
 

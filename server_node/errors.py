@@ -7,13 +7,15 @@ wire_protocol.errors.InputError
 wire_protocol.errors.StalledError
 |- LobbyError       not enough devices joined
 |- NoProgressError  a round made no progress within its bound
+wire_protocol.errors.ProtocolError
+|- FrameFaultError  a device's frame does not fit the run
 wire_protocol.errors.MusplitError
 |- DivergedError    the run produced values that are not finite, round after round
 """
 
 from __future__ import annotations
 
-from wire_protocol.errors import InputError, MusplitError, StalledError
+from wire_protocol.errors import InputError, MusplitError, ProtocolError, StalledError
 
 
 class ConfigError(InputError):
@@ -38,3 +40,7 @@ class NoProgressError(StalledError):
 
 class DivergedError(MusplitError):
     """The run produced values that are not finite, round after round."""
+
+
+class FrameFaultError(ProtocolError):
+    """A device's frame does not fit the run: its sender's fault."""

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from server_node.errors import DivergedError, LobbyError, NoProgressError
 from server_node.coordinator import Finish, Outcome
+from server_node.errors import DivergedError, FrameFaultError, LobbyError, NoProgressError
 from server_node.fleet import Fleet, Member
 from server_node.journal import DeviceJoined
 from server_node.prepare import Experiment, open_run
 from server_node.recorder import Traffic
-from server_node.run import FrameFault, Run
+from server_node.run import Run
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, TransportError
 from wire_protocol.frames import decode_frame
@@ -97,7 +97,7 @@ class Node:
             reason = run.finished.outcome.value
             _raise_unless_complete(run.finished)
         finally:
-            self._end(run, reason, final or reason != Outcome.COMPLETE.value)
+            self._end(run, reason, final=final or reason != Outcome.COMPLETE.value)
         return run
 
     def _wait_ready(self) -> None:
@@ -118,7 +118,7 @@ class Node:
                 "start the others, or lower devices.count"
             )
 
-    def _end(self, run: Run, reason: str, final: bool) -> None:
+    def _end(self, run: Run, reason: str, *, final: bool) -> None:
         """Tell the devices, collect their last reports, close the files."""
         self.broadcast(End(run.header.run, final, reason))
         self._final_reports.clear()
@@ -210,7 +210,7 @@ class Node:
             return
         try:
             run.frame(member.index, frame)
-        except FrameFault as error:
+        except FrameFaultError as error:
             run.refuse()
             self._notify({"event": "refused-device", "device": member.device_id, "why": str(error)})
             self._down(member.device_id, Refused(member.join.epoch, str(error)))
@@ -232,7 +232,7 @@ class Node:
 
     def _join(self, device_id: str, join: Join) -> None:
         if join.protocol != PROTOCOL_VERSION:
-            why = f"it speaks protocol {join.protocol}, this server {PROTOCOL_VERSION}; update musplit"
+            why = f"it speaks protocol {join.protocol}, not {PROTOCOL_VERSION}; update musplit"
             self._down(device_id, Refused(join.epoch, why))
             return
         known = self._fleet.member(device_id)
@@ -240,8 +240,10 @@ class Node:
             self._notify({"event": "joined", "device": device_id, "samples": join.samples})
         numbered = self._fleet.join(device_id, join)
         if self._run is not None:
-            for member in numbered:
-                self._run.files.journal.append(DeviceJoined(member.index or 0, member.device_id))
+            for newcomer in numbered:
+                self._run.files.journal.append(
+                    DeviceJoined(newcomer.index or 0, newcomer.device_id)
+                )
             member = self._fleet.member(device_id)
             if member is not None:
                 self._welcome(member)

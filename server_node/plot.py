@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 PLOT_FILE: Final = "accuracy.png"
 
 
 def plot_run(folder: Path, title: str) -> Path:
     """Write FOLDER/accuracy.png from rounds.jsonl of the run and of its control."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)

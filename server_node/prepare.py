@@ -46,6 +46,7 @@ class Experiment(NamedTuple):
 
     @property
     def manifest_bytes(self) -> bytes:
+        """The client bundle's manifest as written."""
         return self.blobs[0]
 
 

@@ -66,9 +66,7 @@ class Traffic:
         if epoch != report.epoch:
             carried = dict(totals.last)
         self._sessions[index] = (report.epoch, carried)
-        totals.last = {
-            name: getattr(report, name) + carried.get(name, 0) for name in _COUNTERS
-        }
+        totals.last = {name: getattr(report, name) + carried.get(name, 0) for name in _COUNTERS}
 
     def start_run(self) -> None:
         """What was counted so far belongs to the runs before."""

@@ -28,6 +28,7 @@ from server_node.coordinator import (
     Step,
     Work,
 )
+from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
 from server_node.half import ActivationBatch, Scores, ServerHalf
 from server_node.journal import Digests, Ended, Header, JournalWriter, RoundClosed, Share
@@ -46,11 +47,17 @@ Vector = NDArray[np.float32]
 class Outbox(Protocol):
     """Where a run's messages go."""
 
-    def broadcast(self, message: DownMessage) -> None: ...
+    def broadcast(self, message: DownMessage) -> None:
+        """To every device."""
+        ...
 
-    def send(self, device: int, message: DownMessage) -> None: ...
+    def send(self, device: int, message: DownMessage) -> None:
+        """To one device, by index."""
+        ...
 
-    def offer_blob(self, data: bytes) -> str: ...
+    def offer_blob(self, data: bytes) -> str:
+        """Make a blob fetchable; returns its digest."""
+        ...
 
 
 class Files(NamedTuple):
@@ -60,10 +67,6 @@ class Files(NamedTuple):
     journal: JournalWriter
     recorder: Recorder
     trace: Trace
-
-
-class FrameFault(Exception):
-    """A frame that does not fit the run: its sender's fault."""
 
 
 class Run:
@@ -142,7 +145,7 @@ class Run:
         self.files.trace.device_round(device, device_id, report)
 
     def frame(self, device: int, frame: Frame) -> None:
-        """A device's tensor. Raises FrameFault when it does not fit this run."""
+        """A device's tensor. Raises FrameFaultError when it does not fit this run."""
         coordinator = self._coordinator
         if coordinator is None:
             return
@@ -205,12 +208,10 @@ class Run:
             pad_s = self.config.server.min_step_s - (time.monotonic() - begin_s)
             if pad_s > 0:
                 time.sleep(pad_s)
-            return coordinator.stepped(work.device, scalars, _finite(scalars), time.monotonic())
+            return coordinator.stepped(work.device, scalars, time.monotonic())
         differences = self._differences.pop((work.device, work.first_k))
         scalars = self._half.measure(work.device, batch, differences, done)
-        return coordinator.measured(
-            work.device, work.first_k, scalars, _finite(scalars), time.monotonic()
-        )
+        return coordinator.measured(work.device, work.first_k, scalars, time.monotonic())
 
     # -- actions -----------------------------------------------------------------------------
 
@@ -331,17 +332,13 @@ class Run:
         have = frame.tensor.shape if activation else frame.tensor.shape[1:]
         labels = batch if activation else 0
         if have != (batch, *shape) or len(frame.labels) != labels or not len(frame.tensor):
-            raise FrameFault(
+            raise FrameFaultError(
                 f"{frame.kind.name.lower()} of shape {frame.tensor.shape} with {len(frame.labels)} "
                 f"labels, the run wants {(batch, *shape)} with {labels}"
             )
         if activation and int(frame.labels.max()) >= self._manifest.classes:
-            raise FrameFault(
+            raise FrameFaultError(
                 f"label {int(frame.labels.max())} is outside 0..{self._manifest.classes - 1}"
             )
         if not np.isfinite(frame.tensor).all():
-            raise FrameFault(f"{frame.kind.name.lower()} holds values that are not finite")
-
-
-def _finite(scalars: list[float]) -> bool:
-    return bool(np.isfinite(scalars).all())
+            raise FrameFaultError(f"{frame.kind.name.lower()} holds values that are not finite")

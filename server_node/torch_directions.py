@@ -44,7 +44,7 @@ def torch_words(
 def torch_add_scaled(
     direction: DirectionId, scale: float, base: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """out = base + scale * u, (d,) float32 on any device: the bits of DirectionGenerator."""
+    """Out = base + scale * u, (d,) float32 on any device: the bits of DirectionGenerator."""
     scale32 = torch.tensor(scale, dtype=torch.float32, device=base.device)
     shifts = torch.arange(64, dtype=torch.int64, device=base.device)
     total = base.shape[0]
@@ -54,9 +54,7 @@ def torch_add_scaled(
         blocks = -(-(end - begin) // SIGNS_PER_BLOCK)
         words = torch_words(direction, first, blocks, base.device).reshape(-1, 1)
         negative = ((words >> shifts) & 1).reshape(-1)[: end - begin].bool()
-        torch.add(
-            base[begin:end], torch.where(negative, -scale32, scale32), out=out[begin:end]
-        )
+        torch.add(base[begin:end], torch.where(negative, -scale32, scale32), out=out[begin:end])
 
 
 def _signed(value: int) -> int:

@@ -104,7 +104,7 @@ class DirectionGenerator:
         base: NDArray[np.float32],
         out: NDArray[np.float32],
     ) -> None:
-        """out = base + scale * u, all (d,) float32; one rounding an element; out may be base."""
+        """Out = base + scale * u, all (d,) float32; one rounding an element; out may be base."""
         np.multiply(self._signs, np.float32(scale), out=self._table)
         total = base.shape[0]
         for first in range(0, -(-total // SIGNS_PER_BLOCK), _CHUNK_BLOCKS):
@@ -161,7 +161,10 @@ def directions_digest(run_seed: int) -> str:
     origin = DirectionId(run_seed, Stream.CLIENT_HALF, 0, 0, 0, 0)
     others = [
         origin._replace(half=Stream.SERVER_HALF),
-        *(origin._replace(**{field: 1}) for field in ("device", "round", "step", "k")),
+        origin._replace(device=1),
+        origin._replace(round=1),
+        origin._replace(step=1),
+        origin._replace(k=1),
     ]
     digest = hashlib.sha256()
     for direction in (origin, *others):

@@ -58,6 +58,6 @@ def server_terms(
 
 
 def apply_terms(weights: Vector, terms: Iterable[Term], generator: DirectionGenerator) -> None:
-    """weights (d,) += sum of the terms, in place and in the order given: order fixes the bits."""
+    """Weights (d,) += sum of the terms, in place and in the order given: order fixes the bits."""
     for term in terms:
         generator.add_scaled(term.direction, term.scale, weights, weights)

@@ -97,8 +97,10 @@ def decode_frame(payload: bytes | memoryview) -> Frame:
         raise TruncatedError(f"frame of {len(view)} bytes is shorter than its header")
     if len(view) > MAX_FRAME_BYTES:
         raise HeaderError(f"frame of {len(view)} bytes exceeds {MAX_FRAME_BYTES}")
+    # fmt: off
     (magic, version, kind, dtype, encoding, ndim, pad, crc,
-     run, epoch, round_number, first_k, label_count, pad2, *dims) = _HEADER.unpack_from(view)  # fmt: skip
+     run, epoch, round_number, first_k, label_count, pad2, *dims) = _HEADER.unpack_from(view)
+    # fmt: on
     if magic != MAGIC or version != VERSION:
         raise HeaderError(f"frame starts with {magic!r} version {version}, not {MAGIC!r} 1")
     if kind not in (FrameKind.ACTIVATION, FrameKind.DIFFERENCES):

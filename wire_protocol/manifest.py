@@ -35,14 +35,14 @@ class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class Blob(_Strict):
+class Blob(_Strict, frozen=True):
     """A file of the bundle."""
 
     sha256: Digest
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 
 
-class TensorSpec(_Strict):
+class TensorSpec(_Strict, frozen=True):
     """One graph input that is not data."""
 
     name: str
@@ -53,17 +53,18 @@ class TensorSpec(_Strict):
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of the tensor in weights.bin."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class Transform(_Strict):
+class Transform(_Strict, frozen=True):
     """(x - mean) / std in float32; one number each, or one per element of a sample."""
 
     mean: list[float]
     std: list[float]
 
 
-class InputSpec(_Strict):
+class InputSpec(_Strict, frozen=True):
     """A sample as the graph takes it (without the batch dimension), and how to get there."""
 
     name: str
@@ -72,7 +73,7 @@ class InputSpec(_Strict):
     transform: Transform
 
 
-class ActivationSpec(_Strict):
+class ActivationSpec(_Strict, frozen=True):
     """What crosses the cut (without the batch dimension)."""
 
     name: str
@@ -80,7 +81,7 @@ class ActivationSpec(_Strict):
     dtype: Literal["float32"]
 
 
-class Manifest(_Strict):
+class Manifest(_Strict, frozen=True):
     """Everything a device must know of its half."""
 
     format: Literal["musplit-bundle/1"]
@@ -98,7 +99,7 @@ class Manifest(_Strict):
     versions: dict[str, str]
 
 
-class Bundle(_Strict):
+class Bundle(_Strict, frozen=True):
     """A whole, checked bundle."""
 
     digest: str
@@ -143,7 +144,7 @@ def assemble(manifest_data: bytes, graph: bytes, weights: bytes, where: str) -> 
 
 
 def prepare_input(x: NDArray[np.generic], spec: InputSpec) -> NDArray[np.float32]:
-    """Raw samples (n, *shape) -> graph input (n, *spec.shape) float32, by the declared transform."""
+    """Raw samples (n, *shape) -> graph input (n, *spec.shape) float32, as declared."""
     flat = x.reshape(len(x), -1).astype(np.float32)
     mean = np.asarray(spec.transform.mean, np.float32)
     std = np.asarray(spec.transform.std, np.float32)
@@ -155,9 +156,9 @@ def same_shape(have: tuple[int, ...], want: Sequence[int]) -> bool:
     return [n for n in have if n > 1] == [n for n in want if n > 1]
 
 
-def sha256(data: bytes | memoryview | NDArray[np.float32]) -> str:
+def sha256(data: bytes | NDArray[np.float32]) -> str:
     """Hexadecimal SHA-256; of an array, its bytes in row-major order."""
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
 
 
 def _check_layout(manifest: Manifest, where: str) -> None:

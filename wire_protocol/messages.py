@@ -39,7 +39,7 @@ class _Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"
 # device -> server
 
 
-class Join(_Message, tag="join"):
+class Join(_Message, frozen=True, tag="join"):
     """I am here; sent on every connect and on every Hello until a Welcome or Refused comes."""
 
     epoch: U63
@@ -49,7 +49,7 @@ class Join(_Message, tag="join"):
     samples: U32
 
 
-class Fetch(_Message, tag="fetch"):
+class Fetch(_Message, frozen=True, tag="fetch"):
     """Send me chunks first..first+count of the blob of this digest."""
 
     digest: Digest
@@ -57,7 +57,7 @@ class Fetch(_Message, tag="fetch"):
     count: Annotated[int, Meta(ge=1, le=64)]
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, frozen=True, tag="ready"):
     """My weights are those before round `next_round`; send what I miss. Repeated when idle."""
 
     run: U63
@@ -65,7 +65,7 @@ class Ready(_Message, tag="ready"):
     next_round: U32
 
 
-class Report(_Message, tag="report"):
+class Report(_Message, frozen=True, tag="report"):
     """What one round cost this device. Cumulative byte counts are of the TCP stream."""
 
     run: U63
@@ -85,7 +85,7 @@ class Report(_Message, tag="report"):
     peak_rss_bytes: U63
 
 
-class Leave(_Message, tag="leave"):
+class Leave(_Message, frozen=True, tag="leave"):
     """I am gone: said on exit, or by the broker as this session's last will."""
 
     epoch: U63
@@ -95,13 +95,13 @@ class Leave(_Message, tag="leave"):
 # server -> device
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, tag="hello"):
     """The server has just (re)connected: every device joins again."""
 
     server_epoch: U63
 
 
-class Welcome(_Message, tag="welcome"):
+class Welcome(_Message, frozen=True, tag="welcome"):
     """Your index, and everything that the arithmetic of this run depends on."""
 
     run: U63
@@ -117,14 +117,14 @@ class Welcome(_Message, tag="welcome"):
     rounds: U32
 
 
-class Refused(_Message, tag="refused"):
+class Refused(_Message, frozen=True, tag="refused"):
     """You cannot take part, and why."""
 
     epoch: U63
     reason: Text
 
 
-class Chunk(_Message, tag="chunk"):
+class Chunk(_Message, frozen=True, tag="chunk"):
     """One piece of a blob; the last may be short."""
 
     digest: Digest
@@ -132,7 +132,7 @@ class Chunk(_Message, tag="chunk"):
     data: Chunk32K
 
 
-class Round(_Message, tag="round"):
+class Round(_Message, frozen=True, tag="round"):
     """Round `round` is open for these devices (indices, ascending)."""
 
     run: U63
@@ -140,7 +140,7 @@ class Round(_Message, tag="round"):
     participants: list[U32]
 
 
-class Scalars(_Message, tag="scalars"):
+class Scalars(_Message, frozen=True, tag="scalars"):
     """Your round is complete; the K loss differences (float32, little-endian) are the reply."""
 
     run: U63
@@ -156,7 +156,7 @@ class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     scalars: bytes  # K float32, little-endian: L(h+) - L(h-) per direction
 
 
-class Commit(_Message, tag="commit"):
+class Commit(_Message, frozen=True, tag="commit"):
     """The client half's step of one round; applying it is docs/wire-protocol.md, "Replay"."""
 
     run: U63
@@ -167,7 +167,7 @@ class Commit(_Message, tag="commit"):
     client_sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""  # after this commit
 
 
-class Snapshot(_Message, tag="snapshot"):
+class Snapshot(_Message, frozen=True, tag="snapshot"):
     """Cheaper than the commits you miss: the client weights before `next_round`, as a blob."""
 
     run: U63
@@ -176,7 +176,7 @@ class Snapshot(_Message, tag="snapshot"):
     size_bytes: U63
 
 
-class End(_Message, tag="end"):
+class End(_Message, frozen=True, tag="end"):
     """The run is over; `final` devices may go, others wait for the next Hello."""
 
     run: U63
@@ -202,12 +202,14 @@ def encode(message: UpMessage | DownMessage) -> bytes:
 
 def decode_up(payload: bytes | memoryview) -> UpMessage:
     """Check and decode what a device sent. Raises a ProtocolError."""
-    return _decode(_UP, payload)
+    message: UpMessage = _decode(_UP, payload)
+    return message
 
 
 def decode_down(payload: bytes | memoryview) -> DownMessage:
     """Check and decode what the server sent. Raises a ProtocolError."""
-    return _decode(_DOWN, payload)
+    message: DownMessage = _decode(_DOWN, payload)
+    return message
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_Union], payload: bytes | memoryview) -> _Union:

@@ -15,13 +15,10 @@ from threading import Event
 from typing import Any, Final, NamedTuple, Protocol
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from wire_protocol.errors import TransportError
-from wire_protocol.frames import MAX_FRAME_BYTES
 
 DEFAULT_PORT: Final = 1883
 _KEEPALIVE_S: Final = 15
@@ -30,6 +27,7 @@ _EVENTS_QUEUED: Final = 512
 _MESSAGES_QUEUED: Final = 4096
 _MESSAGES_IN_FLIGHT: Final = 64
 _RECONNECT_MAX_S: Final = 8
+_FALLBACK_S: Final = 5.0
 
 
 class Address(NamedTuple):
@@ -73,19 +71,35 @@ class Will(NamedTuple):
 class LinkLike(Protocol):
     """What agents and drivers need of a link; tests and the in-process fleet bring their own."""
 
-    bytes_up: int
-    bytes_down: int
+    @property
+    def bytes_up(self) -> int:
+        """Bytes written to the stream so far."""
+        ...
 
-    def publish(self, topic: str, payload: bytes) -> None: ...
+    @property
+    def bytes_down(self) -> int:
+        """Bytes read from the stream so far."""
+        ...
 
-    def next_event(self, timeout_s: float) -> LinkEvent | None: ...
+    def publish(self, topic: str, payload: bytes) -> None:
+        """Queue a message."""
+        ...
+
+    def next_event(self, timeout_s: float) -> LinkEvent | None:
+        """The next event, or None after `timeout_s`."""
+        ...
 
 
 class _CountingClient(paho.Client):
-    """paho's client with the bytes of its TCP stream counted (both methods are paho-private)."""
+    """paho's client, counting its stream's bytes; the names it overrides are paho-private."""
 
     bytes_up = 0
     bytes_down = 0
+
+    @property
+    def unsent_messages(self) -> int:
+        """Messages that the broker has not acknowledged."""
+        return len(self._out_messages)
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         sent: int = super()._sock_send(buf)
@@ -120,7 +134,7 @@ class Link:
         self._refusal = ""
         self._closing = False
         self._earlier_up = self._earlier_down = 0
-        self._client = self._new_client(paho.MQTTv5)
+        self._client = self._new_client(MQTTProtocolVersion.MQTTv5)
 
     @property
     def bytes_up(self) -> int:
@@ -135,19 +149,22 @@ class Link:
     def open(self, timeout_s: float) -> None:
         """Connect and subscribe; retries until `timeout_s`. Raises TransportError."""
         deadline_s = time.monotonic() + timeout_s
-        for version in (paho.MQTTv5, paho.MQTTv311):
+        for version in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
             if version != self._client.protocol:
                 self._earlier_up, self._earlier_down = self.bytes_up, self.bytes_down
                 self._client = self._new_client(version)
             self._first_connect(deadline_s)
             self._client.loop_start()
-            answered = self._answered.wait(max(0.1, deadline_s - time.monotonic()))
+            left_s = max(1.0, deadline_s - time.monotonic())
+            # A 3.1.1 broker may also meet MQTT 5 with silence.
+            fallback = version is MQTTProtocolVersion.MQTTv5
+            answered = self._answered.wait(min(left_s, _FALLBACK_S) if fallback else left_s)
             if answered and not self._refusal:
-                self.protocol = "5" if version == paho.MQTTv5 else "3.1.1"
+                self.protocol = "5" if fallback else "3.1.1"
                 return
             self._client.disconnect()
             self._client.loop_stop()
-            if "protocol version" not in self._refusal.lower():
+            if answered and "protocol version" not in self._refusal.lower():
                 break
         reason = self._refusal or "it accepts connections but does not speak MQTT"
         raise TransportError(f"broker {self.address} refused the connection: {reason}")
@@ -180,14 +197,14 @@ class Link:
         """Send what is queued (for at most `flush_s`), disconnect, end the network thread."""
         deadline_s = time.monotonic() + flush_s
         while self._client.is_connected() and time.monotonic() < deadline_s:
-            if not self._client._out_messages and not self._client.want_write():
+            if not self._client.unsent_messages:
                 break
             time.sleep(0.01)
         self._closing = True
         self._client.disconnect()
         self._client.loop_stop()
 
-    def _new_client(self, version: int) -> _CountingClient:
+    def _new_client(self, version: MQTTProtocolVersion) -> _CountingClient:
         client = _CountingClient(
             CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version
         )
@@ -206,13 +223,9 @@ class Link:
         return client
 
     def _first_connect(self, deadline_s: float) -> None:
-        properties = None
-        if self._client.protocol == paho.MQTTv5:
-            properties = Properties(PacketTypes.CONNECT)
-            properties.MaximumPacketSize = MAX_FRAME_BYTES + 1024
         while True:
             try:
-                self._client.connect(*self.address, keepalive=_KEEPALIVE_S, properties=properties)
+                self._client.connect(*self.address, keepalive=_KEEPALIVE_S)
                 return
             except OSError as error:
                 if time.monotonic() >= deadline_s:
@@ -254,7 +267,7 @@ class Link:
             self._put(Disconnected(reason, taken_over), force=taken_over)
 
     def _on_message(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        self._put(Received(message.topic, message.payload))
+        self._put(Received(message.topic, bytes(message.payload)))
 
     def _put(self, event: LinkEvent, *, force: bool = False) -> None:
         """Blocks the network thread while the consumer is behind: TCP pushes back."""

@@ -44,10 +44,12 @@ class Topics(NamedTuple):
 
     @property
     def root(self) -> str:
+        """Everything of this fleet lies below it."""
         return f"musplit/{PROTOCOL_VERSION}/{self.fleet}"
 
     @property
     def broadcast(self) -> str:
+        """Server to every device."""
         return f"{self.root}/bcast"
 
     @property
@@ -56,12 +58,15 @@ class Topics(NamedTuple):
         return self.control("+"), self.frame("+")
 
     def down(self, device_id: str) -> str:
+        """Server to one device."""
         return f"{self.root}/dev/{device_id}/down"
 
     def control(self, device_id: str) -> str:
+        """One device's control messages."""
         return f"{self.root}/dev/{device_id}/up/control"
 
     def frame(self, device_id: str) -> str:
+        """One device's tensor frames."""
         return f"{self.root}/dev/{device_id}/up/frame"
 
     def parse_uplink(self, topic: str) -> Uplink | None:
