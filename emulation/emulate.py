@@ -49,14 +49,14 @@ def emulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = folder / "logs"
-    data = load_dataset(config.data.source, config.data.holdout)
-    write_shards(data, config.devices.count, config.data.alpha, config.run.seed, folder / "shards")
     with processes() as group:
         address, broker = _start_broker(group, logs)
         server = _start_server(group, config, folder, address)
-        devices = [
-            _start_device(group, config, folder, address, i) for i in range(config.devices.count)
-        ]
+        # The server exports its model meanwhile.
+        data = load_dataset(config.data.source, config.data.holdout)
+        count, alpha, seed = config.devices.count, config.data.alpha, config.run.seed
+        write_shards(data, count, alpha, seed, folder / "shards")
+        devices = [_start_device(group, config, folder, address, index) for index in range(count)]
         return _watch(group, broker, server, devices, logs, notify)
 
 

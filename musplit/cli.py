@@ -236,7 +236,7 @@ def emulate(
         shorthand = {"data.source": data, "run.rounds": rounds, "devices.count": clients,
                      "run.seed": seed}  # fmt: skip
         given = [f"{key}={value}" for key, value in shorthand.items() if value is not None]
-        quick_fields = ["run.rounds=10", "evaluation.every=5"] if quick else []
+        quick_fields = ["run.rounds=30", "evaluation.every=5"] if quick else []
         code = run_emulation(
             path, [*quick_fields, *given, *overrides], out or _run_folder(path), list(required),
             junit, output,

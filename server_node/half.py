@@ -7,6 +7,7 @@ server comes back to that device (MU-SplitFed keeps M replicas instead; arXiv 25
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -186,5 +187,4 @@ def _numpy_add_scaled() -> AddScaled:
 
 def _float32(value: float) -> float:
     """The nearest float32, or infinity: what the journal and the wire carry."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(value))
+    return ctypes.c_float(value).value

@@ -53,11 +53,8 @@ class DirectionId(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError when a field does not fit its place in the packing."""
-        if not 0 <= self.run_seed < _LIMIT_64:
-            raise ValueError(f"run_seed {self.run_seed} is outside 0..2**64-1")
-        for name in ("half", "device", "round", "step", "k"):
-            if not 0 <= getattr(self, name) < _LIMIT_32:
-                raise ValueError(f"{name} {getattr(self, name)} is outside 0..2**32-1")
+        if min(self) < 0 or self.run_seed >= _LIMIT_64 or max(self[1:]) >= _LIMIT_32:
+            raise ValueError(f"{self}: run_seed must be in 0..2**64-1, the others in 0..2**32-1")
 
 
 class DirectionGenerator:
@@ -67,6 +64,9 @@ class DirectionGenerator:
         # The seed given here is never used: every call sets key and counter.
         self._philox = np.random.Philox(key=0)
         self._state = self._philox.state
+        self._state["buffer_pos"] = _WORDS_PER_BLOCK  # nothing is left over from another call
+        self._key, self._counter = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
+        self._state["state"] = {"key": self._key, "counter": self._counter}
         # Row b: the eight signs of byte b, LSB first; a set bit is -1.
         bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
         self._signs = (1 - 2 * bits).astype(np.float32)
@@ -76,14 +76,11 @@ class DirectionGenerator:
     def words(self, direction: DirectionId, first_block: int, blocks: int) -> NDArray[np.uint64]:
         """Raw Philox words (blocks * 4,) of a direction, from `first_block` on."""
         direction.check()
-        inner = self._state["state"]
-        inner["key"] = np.array(
-            [direction.run_seed, direction.half << 32 | direction.device], np.uint64
-        )
-        inner["counter"] = np.array(
-            [first_block, direction.round << 32 | direction.step, direction.k, 0], np.uint64
-        )
-        self._state["buffer_pos"] = _WORDS_PER_BLOCK  # nothing is left over from the last call
+        self._key[0] = direction.run_seed
+        self._key[1] = direction.half << 32 | direction.device
+        self._counter[0] = first_block
+        self._counter[1] = direction.round << 32 | direction.step
+        self._counter[2] = direction.k
         self._philox.state = self._state
         return self._philox.random_raw(blocks * _WORDS_PER_BLOCK)
 
@@ -115,7 +112,7 @@ class DirectionGenerator:
             octets = _octets(self.words(direction, first, blocks))[:octet_count]
             part = self._scratch[:octet_count]
             # mode="clip" spares numpy a buffered copy; octets are in range by type.
-            np.take(self._table, octets, axis=0, out=part, mode="clip")
+            self._table.take(octets, axis=0, out=part, mode="clip")
             np.add(base[begin:end], part.reshape(-1)[: end - begin], out=out[begin:end])
 
 
