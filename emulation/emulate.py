@@ -18,7 +18,7 @@ from emulation.processes import Processes, last_line, musplit_command, processes
 from server_node.config import Config, to_toml
 from server_node.datasets import load_dataset
 from server_node.partition import shard_name, write_shards
-from wire_protocol.errors import RefusedError, StalledError, TransportError
+from wire_protocol.errors import RefusedError, TransportError
 from wire_protocol.mqtt import Address
 
 _BROKER_START_S: Final = 20.0
@@ -123,8 +123,7 @@ def _watch(
             _supervise(group, device, notify)
     code = server.wait()
     if code or summary is None:
-        error = StalledError if code == StalledError.exit_code else FleetError
-        raise error(f"the server ended: {_reason(logs / 'server.log')}")
+        raise FleetError(f"the server ended: {_reason(logs / 'server.log')}", code)
     _let_devices_end(devices)
     del summary["event"]
     return summary
@@ -135,7 +134,7 @@ def _supervise(group: Processes, device: _Device, notify: Notify) -> None:
     if not code:  # running, or at its regular end
         return
     if code in _FINAL_CODES or device.restarts >= _RESTARTS:
-        raise FleetError(f"{device.name} ended with code {code}: {_reason(device.log)}")
+        raise FleetError(f"{device.name} ended: {_reason(device.log)}", code)
     device.restarts += 1
     notify({"event": "restarted", "device": device.name, "code": code})
     device.process = group.start(device.command, device.log)

@@ -12,7 +12,11 @@ from wire_protocol.errors import InputError, MusplitError
 
 
 class FleetError(MusplitError):
-    """A process of the emulated fleet ended when it should not have."""
+    """A process of the emulated fleet ended when it should not have; its exit code is passed on."""
+
+    def __init__(self, text: str, code: int = 1) -> None:
+        super().__init__(text)
+        self.exit_code = code if code > 0 else 1  # negative: it was killed by a signal
 
 
 class ListenError(InputError):

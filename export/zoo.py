@@ -61,6 +61,12 @@ def _mlp(
         widths = [int(width) for width in argument.split("-")]
     except ValueError as error:
         raise ModelError(f"model {name!r}: write the widths as in mlp:64-32-32-10") from error
+    if input_shape is not None and math.prod(input_shape) != widths[0]:
+        fitting = "-".join(map(str, [math.prod(input_shape), *widths[1:]]))
+        raise ModelError(
+            f"model {name!r}: takes {widths[0]} inputs, a sample of the data has "
+            f"{math.prod(input_shape)}: use mlp:{fitting}"
+        )
     if len(widths) < 3 or min(widths) < 1:
         raise ModelError(f"model {name!r}: an mlp to be cut needs three widths or more, all >= 1")
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())

@@ -194,7 +194,11 @@ def broker(listen: str, insecure: bool) -> None:
 
         address = parse_address(listen)
         check_listen(address, insecure=insecure)
-        code = run_broker(address, say)
+        try:
+            code = run_broker(address, say)
+        except KeyboardInterrupt:
+            say("broker stopped")
+            return
         if code:
             fail(f"the broker on {address} ended with code {code}", 4)
 

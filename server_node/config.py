@@ -42,6 +42,7 @@ class ModelSection(_Section, frozen=True):
 
     name: str = "mlp:64-32-32-10"
     cut: str = "fc1"
+    input_shape: list[AtLeast1] = []
 
 
 class DataSection(_Section, frozen=True):
@@ -163,14 +164,23 @@ def _override(tree: dict[str, Any], override: str) -> None:
     section, dot, field = key.strip().partition(".")
     if not (equals and dot and section and field):
         raise ConfigError(f"--set {override!r}: write section.key=value, e.g. method.tau=4")
+    text = text.strip()
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
+        value = text  # a bare word is a string
+    if _is_text(section, field):  # so is a number where a name belongs: model.cut=3
+        value = value if isinstance(value, str) else text
     table = tree.setdefault(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"--set {override!r}: {section!r} is not a section")
     table[field] = value
+
+
+def _is_text(section: str, field: str) -> bool:
+    sections = {f.name: f.type for f in msgspec.structs.fields(Config)}
+    fields = msgspec.structs.fields(sections[section]) if section in sections else ()
+    return any(f.name == field and f.type is str for f in fields)
 
 
 def _explain(error: msgspec.ValidationError) -> str:

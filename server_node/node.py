@@ -60,6 +60,7 @@ class Node:
         self._bundle = {sha256(blob): blob for blob in experiment.blobs}
         self._snapshots: dict[str, bytes] = {}
         self._run: Run | None = None
+        self._ending = False
         self._final_reports: set[int] = set()
         self._offline_since_s: float | None = None
 
@@ -121,6 +122,7 @@ class Node:
     def _end(self, run: Run, reason: str, *, final: bool) -> None:
         """Tell the devices, collect their last reports, close the files."""
         self.broadcast(End(run.header.run, final, reason))
+        self._ending = True
         self._final_reports.clear()
         present = {m.index for m in self._fleet.numbered() if m.ready}
         deadline_s = time.monotonic() + LAST_REPORTS_S
@@ -128,7 +130,7 @@ class Node:
             if self._offline_since_s is not None:
                 break
             self._turn(_POLL_S)
-        self._run = None
+        self._run, self._ending = None, False
         run.close(reason)
 
     # -- the outbox of a run -----------------------------------------------------------------
@@ -291,7 +293,7 @@ class Node:
         if run is None or member.index is None or report.run != run.header.run:
             return
         run.report(member.index, member.device_id, report)
-        if run.finished is not None and report.round >= run.rounds_closed:
+        if self._ending and report.round >= run.rounds_closed:
             self._final_reports.add(member.index)
 
 

@@ -29,6 +29,7 @@ def plot_run(folder: Path, title: str) -> Path:
         )
     by_round.set(xlabel="rounds", ylabel="test accuracy (%)", title=title)
     by_bytes.set(xlabel="MB on the devices' TCP streams, both ways", title="bundle not counted")
+    by_bytes.set_xscale("log")
     for axes in (by_round, by_bytes):
         axes.grid(alpha=0.3)
     by_round.legend(loc="lower right")

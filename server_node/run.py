@@ -35,7 +35,7 @@ from server_node.journal import Digests, Ended, Header, JournalWriter, RoundClos
 from server_node.recorder import Recorder, RoundMetrics, Traffic
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.schedule import step_factor
-from server_node.trace import COMPUTE, SERVER_PID, Trace
+from server_node.trace import COMPUTE, ROUNDS, SERVER_PID, Trace
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.frames import Frame, FrameKind
 from wire_protocol.manifest import Manifest, sha256
@@ -307,7 +307,7 @@ class Run:
         self._mark = (self.busy_s, self.busy_waiting_s, self.server_steps)
         self._counts = dict.fromkeys(self._counts, 0)
         self.files.trace.span(
-            SERVER_PID, COMPUTE + 2, f"round {closed.round}",
+            SERVER_PID, ROUNDS, f"round {closed.round}",
             closed.opened_s + self._unix_offset_s, now_s - closed.opened_s,
             dropped={str(device): why for device, why in closed.dropped.items()},
         )  # fmt: skip

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from server_node.config import Config
+from server_node.errors import DivergedError
 from server_node.node import Node
 from server_node.partition import shard_name
 from server_node.plot import plot_run
 from server_node.prepare import prepare
 from server_node.summary import RunResult, summarise, write_summary
+from wire_protocol.errors import StalledError, TransportError
 from wire_protocol.mqtt import Address, Link
 from wire_protocol.topics import Topics
 
@@ -44,7 +46,7 @@ def serve(
         node = Node(experiment, link, notify)
         node.gather()
         main = _run(node, frozen=False, final=not config.evaluation.control)
-        control = _run(node, frozen=True, final=True) if config.evaluation.control else None
+        control = _control(node) if config.evaluation.control else "evaluation.control is off"
     finally:
         link.close()
     summary = summarise(experiment, main, control, f"MQTT {link.protocol}")
@@ -58,6 +60,14 @@ def device_command(config: Config, address: Address) -> str:
     """What to paste on the first device."""
     fleet = "" if config.run.fleet == "lab" else f" --fleet {config.run.fleet}"
     return f"musplit device --id device-000 --broker {address}{fleet} --data {shard_name(0)}"
+
+
+def _control(node: Node) -> RunResult | str:
+    """The frozen-client control; when the fleet does not get through it, the reason."""
+    try:
+        return _run(node, frozen=True, final=True)
+    except (StalledError, TransportError, DivergedError) as error:
+        return f"the control run failed: {error}"
 
 
 def _run(node: Node, *, frozen: bool, final: bool) -> RunResult:

@@ -11,7 +11,6 @@ from server_node.run import Run
 from wire_protocol.manifest import sha256
 
 SUMMARY_FILE: Final = "summary.json"
-NOT_RUN: Final = "evaluation.control is off"
 
 
 class RunResult(NamedTuple):
@@ -23,16 +22,19 @@ class RunResult(NamedTuple):
 
 
 def summarise(
-    experiment: Experiment, main: RunResult, control: RunResult | None, broker: str
+    experiment: Experiment, main: RunResult, control: RunResult | str, broker: str
 ) -> dict[str, Any]:
-    """The summary as a dictionary; what was not measured is None with a reason beside it."""
+    """The summary as a dictionary; what was not measured is None with a reason beside it.
+
+    `control` is the frozen-client run, or why there is none.
+    """
     config, run = experiment.config, main.run
     summary: dict[str, Any] = {
         "accuracy": run.scores.accuracy if run.scores else None,
         "loss": run.scores.loss if run.scores else None,
         "accuracy_frozen_client": None,
         "loss_frozen_client": None,
-        "accuracy_frozen_client_reason": NOT_RUN,
+        "accuracy_frozen_client_reason": control if isinstance(control, str) else "measured",
         "outcome": run.finished.outcome.value if run.finished else "interrupted",
         "rounds": run.rounds_closed,
         "tau": config.method.tau,
@@ -66,12 +68,11 @@ def summarise(
         "device_threads": config.devices.threads,
         "versions": run.header.environment,
     }
-    if control is not None:
+    if isinstance(control, RunResult):
         scores, traffic = control.run.scores, control.traffic
         summary |= {
             "accuracy_frozen_client": scores.accuracy if scores else None,
             "loss_frozen_client": scores.loss if scores else None,
-            "accuracy_frozen_client_reason": "measured: the same configuration with eta_c = 0",
             "seconds_control": round(control.seconds, 3),
             "control_bytes_up": traffic["bytes_up"] + traffic["bundle_bytes_up"],
             "control_bytes_down": traffic["bytes_down"] + traffic["bundle_bytes_down"],

@@ -16,6 +16,7 @@ SERVER_PID: Final = 1
 DEVICES_PID: Final = 2
 COMPUTE: Final = 1
 NETWORK: Final = 2
+ROUNDS: Final = 3
 
 
 class Trace:
@@ -29,6 +30,7 @@ class Trace:
         self._name("process_name", SERVER_PID, 0, "server")
         self._name("thread_name", SERVER_PID, COMPUTE, "compute")
         self._name("thread_name", SERVER_PID, NETWORK, "network")
+        self._name("thread_name", SERVER_PID, ROUNDS, "rounds")
         self._name("process_name", DEVICES_PID, 0, "devices")
 
     def span(
