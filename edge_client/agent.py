@@ -103,11 +103,10 @@ class Agent:
         self._finished: End | None = None
 
     def run(self) -> str:
-        """Take part until the server ends the run.
+        """Take part until the server ends the run; the link's Connected event starts it.
 
         Raises RefusedError, StalledError, TransportError, and the input errors of this room.
         """
-        self._join()
         try:
             while self._finished is None:
                 self._turn()
@@ -286,8 +285,9 @@ class Agent:
 
     def _restore_snapshot(self, data: bytes, snapshot: Snapshot) -> None:
         self._snapshot = None
-        if self._trainer is not None:
-            self._trainer.restore(np.frombuffer(data, "<f4"), snapshot.next_round)
+        trainer = self._trainer
+        if trainer is not None and len(data) == trainer.theta.nbytes:
+            trainer.restore(np.frombuffer(data, "<f4"), snapshot.next_round)
             self._work, self._sent = None, []
             self._ready()
 

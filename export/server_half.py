@@ -55,7 +55,7 @@ def read_server_half(folder: Path) -> tuple[ServerManifest, NDArray[np.float32]]
     try:
         manifest = msgspec.json.decode(data, type=ServerManifest)
         check_blob(weights, manifest.weights, str(folder / WEIGHTS_FILE))
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HalfError(f"{folder / MANIFEST_FILE}: not a server half ({error})") from error
     except InputError as error:
         raise HalfError(str(error)) from error

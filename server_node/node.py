@@ -68,7 +68,6 @@ class Node:
 
     def gather(self) -> None:
         """Wait until the fleet is complete. Raises LobbyError."""
-        self.broadcast(Hello(secrets.randbits(63)))
         deadline_s = time.monotonic() + self._experiment.config.round.lobby_s
         while not self._fleet.numbered():
             self._turn(_POLL_S)

@@ -76,10 +76,13 @@ def encode_frame(frame: Frame) -> bytes:
         raise HeaderError(f"frame of {size} bytes exceeds {MAX_FRAME_BYTES}: use a smaller batch")
     payload = bytearray(size)
     shape = (*tensor.shape, *(0,) * (MAX_DIMS - tensor.ndim))
-    _HEADER.pack_into(
-        payload, 0, MAGIC, VERSION, frame.kind, _FLOAT32, _RAW, tensor.ndim, b"\0\0\0", 0,
-        frame.run, frame.epoch, frame.round, frame.first_k, labels.size, 0, *shape,
-    )  # fmt: skip
+    try:
+        _HEADER.pack_into(
+            payload, 0, MAGIC, VERSION, frame.kind, _FLOAT32, _RAW, tensor.ndim, b"\0\0\0", 0,
+            frame.run, frame.epoch, frame.round, frame.first_k, labels.size, 0, *shape,
+        )  # fmt: skip
+    except struct.error as error:
+        raise HeaderError(f"frame field out of range: {error}") from error
     body = np.frombuffer(payload, np.uint8, offset=HEADER_BYTES)
     body[: tensor.nbytes] = tensor.reshape(-1).view(np.uint8)
     body[tensor.nbytes :] = labels.reshape(-1).view(np.uint8)
@@ -110,6 +113,8 @@ def decode_frame(payload: bytes | memoryview) -> Frame:
     if not 1 <= ndim <= MAX_DIMS or any(dims[ndim:]) or any(pad) or pad2:
         raise HeaderError(f"frame of {ndim} dimensions with shape {dims} is malformed")
     shape = tuple(dims[:ndim])
+    if 0 in shape:
+        raise HeaderError(f"frame of shape {shape} is empty")
     tensor_bytes = math.prod(shape) * 4
     _check_size(len(view), HEADER_BYTES + tensor_bytes + label_count * 4)
     if zlib.crc32(view[_CRC_END:]) != crc:

@@ -118,7 +118,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise InputError(f"{where}: {len(data)} bytes are too many for a manifest")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: not a bundle manifest ({error}); export it again") from error
     _check_layout(manifest, where)
     return manifest

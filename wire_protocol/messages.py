@@ -26,7 +26,7 @@ _Union = TypeVar("_Union")
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 # msgpack readers in other languages often stop at 63 bits.
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(max_length=400)]
 Seconds = Annotated[float, Meta(ge=0)]
 Chunk32K = Annotated[bytes, Meta(max_length=CHUNK_BYTES)]
@@ -147,6 +147,10 @@ class Scalars(_Message, frozen=True, tag="scalars"):
     round: U32
     scalars: bytes
 
+    def __post_init__(self) -> None:
+        """Whole float32 numbers only."""
+        _check_scalars(self.scalars)
+
 
 class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One device's share of a commit."""
@@ -154,6 +158,10 @@ class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     device: U32
     weight: float
     scalars: bytes  # K float32, little-endian: L(h+) - L(h-) per direction
+
+    def __post_init__(self) -> None:
+        """Whole float32 numbers only."""
+        _check_scalars(self.scalars)
 
 
 class Commit(_Message, frozen=True, tag="commit"):
@@ -164,7 +172,7 @@ class Commit(_Message, frozen=True, tag="commit"):
     eta_c: float
     eta_g: float
     entries: list[Entry]  # ascending device index
-    client_sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""  # after this commit
+    client_sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""  # after this commit
 
 
 class Snapshot(_Message, frozen=True, tag="snapshot"):
@@ -210,6 +218,11 @@ def decode_down(payload: bytes | memoryview) -> DownMessage:
     """Check and decode what the server sent. Raises a ProtocolError."""
     message: DownMessage = _decode(_DOWN, payload)
     return message
+
+
+def _check_scalars(scalars: bytes) -> None:
+    if len(scalars) % 4:  # msgspec makes a refusal of it
+        raise ValueError(f"scalars: {len(scalars)} bytes are no whole number of float32")
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_Union], payload: bytes | memoryview) -> _Union:

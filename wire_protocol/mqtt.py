@@ -7,6 +7,7 @@ renewed on every connect (a restarted broker has forgotten them).
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import time
@@ -27,7 +28,10 @@ _EVENTS_QUEUED: Final = 512
 _MESSAGES_QUEUED: Final = 4096
 _MESSAGES_IN_FLIGHT: Final = 64
 _RECONNECT_MAX_S: Final = 8
-_FALLBACK_S: Final = 5.0
+_FALLBACK_S: Final = 2.0
+# Connections in a row that lasted less than this are what two clients with one id do to each other.
+_SHORT_LIFE_S: Final = 3.0
+_SHORT_LIVES: Final = 5
 
 
 class Address(NamedTuple):
@@ -101,6 +105,13 @@ class _CountingClient(paho.Client):
         """Messages that the broker has not acknowledged."""
         return len(self._out_messages)
 
+    def drop_connection(self) -> None:
+        """Break the TCP stream, whatever is still queued."""
+        sock = self.socket()
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]  # paho types it by need
+
     def _sock_send(self, buf: bytes | bytearray) -> int:
         sent: int = super()._sock_send(buf)
         self.bytes_up += sent
@@ -132,6 +143,8 @@ class Link:
         self._events: queue.Queue[LinkEvent] = queue.Queue(_EVENTS_QUEUED)
         self._answered = Event()
         self._refusal = ""
+        self._connected_s = 0.0
+        self._short_lives = 0
         self._closing = False
         self._earlier_up = self._earlier_down = 0
         self._client = self._new_client(MQTTProtocolVersion.MQTTv5)
@@ -201,6 +214,8 @@ class Link:
                 break
             time.sleep(0.01)
         self._closing = True
+        if self._client.unsent_messages:
+            self._client.drop_connection()  # the goodbye would wait behind what is stuck
         self._client.disconnect()
         self._client.loop_stop()
 
@@ -253,21 +268,34 @@ class Link:
         if refused:
             self._refusal = f"subscription refused ({refused[0]})"
         self._answered.set()
-        self._put(Disconnected(self._refusal, True) if refused else Connected())
+        if refused:
+            self._put(Disconnected(self._refusal, True))
+            return
+        self._refusal = ""
+        self._connected_s = time.monotonic()
+        self._put(Connected())
 
     def _on_disconnect(
         self, _client: paho.Client, _data: Any, _flags: Any, code: ReasonCode, _props: Any
     ) -> None:
-        taken_over = code.getName() == "Session taken over"
-        if taken_over:
+        if not self._answered.is_set() or self._refusal:
+            return
+        short = time.monotonic() - self._connected_s < _SHORT_LIFE_S
+        self._short_lives = self._short_lives + 1 if short else 0
+        # Brokers before MQTT 5, and some after, do not say why they cut a connection.
+        if code.getName() == "Session taken over" or self._short_lives >= _SHORT_LIVES:
             self._closing = True
-            self._client.reconnect_delay_set(min_delay=_RECONNECT_MAX_S, max_delay=_RECONNECT_MAX_S)
-        if self._answered.is_set() and not self._refusal:
-            reason = "another client connected with the same id" if taken_over else str(code)
-            self._put(Disconnected(reason, taken_over), force=taken_over)
+            self._client.disconnect()  # ends paho's loop: no reconnect
+            self._put(Disconnected("another client connected with the same id", True), force=True)
+        else:
+            self._put(Disconnected(str(code), False))
 
     def _on_message(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        self._put(Received(message.topic, bytes(message.payload)))
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return  # no topic of ours: an error here would end paho's thread
+        self._put(Received(topic, bytes(message.payload)))
 
     def _put(self, event: LinkEvent, *, force: bool = False) -> None:
         """Blocks the network thread while the consumer is behind: TCP pushes back."""
