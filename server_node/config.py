@@ -6,6 +6,7 @@ docs/configuration.md explains every field; a test keeps it complete.
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -145,6 +146,7 @@ def load_config(path: Path, overrides: list[str]) -> Config:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}; see docs/configuration.md") from error
+    _check_finite(config, path)
     _check(config, path)
     return config
 
@@ -187,6 +189,14 @@ def _explain(error: msgspec.ValidationError) -> str:
     """Msgspec's "... - at `$.method.tau`" with the field in front."""
     what, _, where = str(error).partition(" - at `$")
     return f"{where.strip('`.')}: {what}" if where else what
+
+
+def _check_finite(config: Config, path: Path) -> None:
+    for section, fields in msgspec.to_builtins(config).items():
+        for field, value in fields.items():
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+                raise ConfigError(f"{path}: {section}.{field}: {value} is not a finite number")
 
 
 def _check(config: Config, path: Path) -> None:
