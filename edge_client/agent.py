@@ -95,10 +95,10 @@ class Agent:
         self._work: Iterator[bytes | None] | None = None
         self._sent: list[bytes] = []
         self._started_unix_s = 0.0
-        self._fetch_began = (0, 0)
+        self._fetch_began = self._run_began = (0, 0)  # stream bytes, up and down
         self._bundle_bytes = (0, 0)
         now_s = time.monotonic()
-        self._heard_s = self._repeated_s = self._saved_s = now_s
+        self._heard_s = self._repeated_s = self._saved_s = self._fetched_s = now_s
         self._offline_since_s: float | None = None
         self._finished: End | None = None
 
@@ -171,7 +171,9 @@ class Agent:
                 "this build computes other directions than the server's: install the same musplit "
                 f"version on both (here {version('musplit')})"
             )
-        self._welcome, self._trainer, self._work = welcome, None, None
+        if self._welcome is not None:  # the old run's server went away without an End
+            self._forget_run()
+        self._welcome = welcome
         bundle = self._own_bundle or self._store.load_bundle(welcome.manifest_sha256)
         if bundle is not None and bundle.digest == welcome.manifest_sha256:
             self._start(bundle)
@@ -182,7 +184,6 @@ class Agent:
             )
         else:
             self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
-            self._parts = []
             self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
             self._request(BlobFetch(welcome.manifest_sha256, welcome.manifest_bytes))
 
@@ -190,6 +191,7 @@ class Agent:
         fetch = self._fetch
         if fetch is None or not fetch.take(chunk):
             return
+        self._fetched_s = time.monotonic()
         data = fetch.assemble() if fetch.complete else None
         if data is None:
             self._request(fetch)
@@ -214,7 +216,7 @@ class Agent:
         self._start(assemble(manifest_data, graph, weights, "fetched bundle"))
 
     def _request(self, fetch: BlobFetch) -> None:
-        self._fetch = fetch
+        self._fetch, self._fetched_s = fetch, time.monotonic()
         request = fetch.next_request()
         if request is not None:
             self._send(request)
@@ -241,6 +243,8 @@ class Agent:
 
     def _train(self, message: Round | Commit | Snapshot, trainer: Trainer) -> None:
         match message:
+            case _ if self._snapshot is not None:
+                pass  # the fetch under way comes first; what it leaves missing is asked for after
             case Snapshot() if message.next_round > trainer.next_round:
                 self._snapshot = message
                 self._request(BlobFetch(message.sha256, message.size_bytes))
@@ -270,6 +274,8 @@ class Agent:
         except StopIteration:
             self._work = None
             return
+        # Computing is no silence of the server's.
+        self._heard_s = self._repeated_s = time.monotonic()
         if payload is not None:
             self._sent.append(payload)
             self._link.publish(self._topics.frame(self._settings.device_id), payload)
@@ -294,10 +300,16 @@ class Agent:
     def _end(self, end: End) -> None:
         if self._trainer is not None:
             self._report(self._trainer.next_round, 0.0, self._trainer)
-        self._trainer = self._welcome = self._work = None
-        self._sent = []
+        self._forget_run()
         if end.final:
             self._finished = end
+
+    def _forget_run(self) -> None:
+        """Nothing of this run counts for the next one, its bytes included."""
+        self._welcome = self._trainer = self._work = self._fetch = self._snapshot = None
+        self._parts, self._sent = [], []
+        self._run_began = (self._link.bytes_up, self._link.bytes_down)
+        self._bundle_bytes = (0, 0)
 
     # -- time, messages, disk ----------------------------------------------------------------
 
@@ -314,11 +326,14 @@ class Agent:
                 f"nothing heard from a server of fleet {self._settings.fleet!r} for "
                 f"{self._settings.wait_s:.0f} s; is `musplit serve` running on this broker?"
             )
-        if self._work is None and now_s - self._repeated_s > REPEAT_S:
+        last_s = self._repeated_s if self._fetch is None else self._fetched_s
+        if self._work is None and now_s - last_s > REPEAT_S:
             self._repeated_s = now_s
             self._repeat()
 
     def _repeat(self) -> None:
+        if self._snapshot is not None:  # the server keeps few: ask for a fresh one
+            self._fetch = self._snapshot = None
         if self._fetch is not None:
             self._fetch.restart()
             self._request(self._fetch)
@@ -340,10 +355,11 @@ class Agent:
             self._send(Ready(self._trainer.welcome.run, self._epoch, self._trainer.next_round))
 
     def _report(self, round_number: int, replay_s: float, trainer: Trainer) -> None:
+        up, down = self._run_began
         self._send(
             trainer.report(
                 self._epoch, round_number, self._started_unix_s, replay_s,
-                stream=(self._link.bytes_up, self._link.bytes_down),
+                stream=(self._link.bytes_up - up, self._link.bytes_down - down),
                 bundle=self._bundle_bytes, rss=memory_bytes(),
             )
         )  # fmt: skip

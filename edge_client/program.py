@@ -25,7 +25,7 @@ def run_device(
     epoch = new_epoch()
     will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
-        settings.device_id, address, will=will,
+        f"{settings.fleet}-{settings.device_id}", address, will=will,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
     )  # fmt: skip
     try:

@@ -47,7 +47,7 @@ class ClientSession:
                 self._output.ctypes.data,
             )  # fmt: skip
         except (RuntimeError, ValueError, AttributeError) as error:
-            first_line = str(error).splitlines()[0]
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
             raise BundleError(
                 f"bundle {bundle.digest[:12]}: ONNX Runtime {ort.__version__} refuses the graph "
                 f"({first_line}); export it again or update onnxruntime"

@@ -6,15 +6,16 @@ device and server cannot disagree. `shard_index` is optional and orders the devi
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.errors import ShardError
+from wire_protocol.errors import InputError
 from wire_protocol.manifest import Manifest, same_shape
+from wire_protocol.npz import parse_npz
 
 
 class Shard(NamedTuple):
@@ -34,25 +35,28 @@ class Shard(NamedTuple):
 def load_shard(path: Path) -> Shard:
     """Read a shard without pickle. Raises ShardError."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = {"x", "y"} - set(archive.files)
-            if missing:
-                raise ShardError(
-                    f"{path}: array {min(missing)!r} is missing; a shard holds x and y"
-                )
-            x, y = archive["x"], archive["y"]
-            index = int(archive["shard_index"]) if "shard_index" in archive.files else -1
-    except FileNotFoundError as error:
-        raise ShardError(f"{path}: no such file; `musplit shard` writes shards") from error
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ShardError(f"{path}: not a readable npz file ({error}); write it again") from error
+        arrays = parse_npz(path.read_bytes(), ("x", "y"), str(path))
+    except OSError as error:
+        raise ShardError(
+            f"{path}: cannot be read ({error.strerror}); `musplit shard` writes shards"
+        ) from error
+    except InputError as error:
+        raise ShardError(f"{error}; a shard holds x and y, `musplit shard` writes them") from error
+    x, y = arrays["x"], arrays["y"]
     if x.dtype.kind not in "buif" or y.dtype.kind not in "ui":
         raise ShardError(f"{path}: x must be numbers and y integers, not {x.dtype} and {y.dtype}")
-    if y.ndim != 1 or len(x) != len(y) or not len(y):
+    if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
         raise ShardError(f"{path}: x {x.shape} and y {y.shape} need the same, non-zero, length")
     if not np.isfinite(x).all():
         raise ShardError(f"{path}: x holds values that are not finite; clean the data")
-    return Shard(path, x, y.astype(np.int64), index)
+    return Shard(path, x, y.astype(np.int64), _shard_index(path, arrays))
+
+
+def _shard_index(path: Path, arrays: dict[str, NDArray[Any]]) -> int:
+    index = arrays.get("shard_index", np.int64(-1))
+    if index.size != 1 or index.dtype.kind not in "ui" or not -1 <= int(index) < 1 << 32:
+        raise ShardError(f"{path}: shard_index must be one number from 0 on; write it again")
+    return int(index)
 
 
 def check_shard(shard: Shard, manifest: Manifest) -> None:

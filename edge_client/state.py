@@ -100,7 +100,10 @@ class StateStore:
     def save_bundle(self, manifest: bytes, graph: bytes, weights: bytes) -> None:
         """Keep a fetched bundle; the manifest is written last. Raises StateError."""
         folder = self.folder / "bundles" / sha256(manifest)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"{folder}: cannot be made ({error.strerror})") from error
         self._replace(folder / GRAPH_FILE, graph)
         self._replace(folder / WEIGHTS_FILE, weights)
         self._replace(folder / MANIFEST_FILE, manifest)

@@ -19,7 +19,6 @@ from server_node.config import Config
 from server_node.datasets import load_dataset
 from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
-from server_node.recorder import Traffic
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
 from wire_protocol.frames import decode_frame
@@ -44,7 +43,7 @@ class InProcessFleet:
         names = [(index, f"device-{index:03d}") for index in range(len(self._shards))]
         events: list[dict[str, Any]] = []
         run = open_run(
-            self._experiment, frozen=frozen, devices=names, outbox=self, traffic=Traffic(),
+            self._experiment, frozen=frozen, devices=names, outbox=self,
             notify=events.append,
         )  # fmt: skip
         self._trainers = [self._trainer(run, index) for index in range(len(self._shards))]

@@ -177,5 +177,5 @@ def _number(value: float | None) -> str:
     return "not run" if value is None else f"{value:.3f}"
 
 
-def _megabytes(value: int) -> str:
-    return f"{value / 1e6:.2f}"
+def _megabytes(value: int | None) -> str:
+    return "not run" if value is None else f"{value / 1e6:.2f}"

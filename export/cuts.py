@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from export.errors import CutError, ModelError
-from export.zoo import BuiltModel
+from export.zoo import BuiltModel, first_line
 from wire_protocol.frames import MAX_DIMS
 
 
@@ -46,11 +46,19 @@ def cut_model(model: BuiltModel, cut: str) -> Halves:
         try:
             activation = client.module(torch.zeros(2, *model.input_shape))
             output = server.module(activation)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # the layers may be the user's own
             raise ModelError(
                 f"model {model.name}: does not take samples of shape {model.input_shape}: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
+    shared = {id(p) for p in client.module.parameters()} & {
+        id(p) for p in server.module.parameters()
+    }
+    if shared:
+        raise CutError(
+            f"model {model.name}: layers on both sides of {cut!r} share weights, which the halves "
+            "would train apart; cut elsewhere"
+        )
     if output.ndim != 2 or output.shape[1] < 2:
         raise ModelError(f"model {model.name}: the last layer must give one number per class")
     # A frame of differences adds the direction to the activation's dimensions.
@@ -81,7 +89,8 @@ def _both_trained(layers: list[tuple[str, nn.Module]], position: int) -> bool:
 
 
 def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
+    # named_children() would pass over a layer that is used twice.
+    for name, child in zip(module._modules, module, strict=True):  # noqa: SLF001
         if isinstance(child, nn.Sequential) and len(child):
             yield from _leaves(child, f"{prefix}{name}.")
         else:

@@ -93,21 +93,26 @@ def load_halves(folder: Path) -> Halves:
 
     Raises HalfError, ModelError or CutError.
     """
-    manifest, weights = read_server_half(folder)
+    manifest, _ = read_server_half(folder)
     name = manifest.model
     if manifest.model_file_sha256:
         name = f"{folder / MODEL_FILE}:{name.rpartition(':')[2]}"
     model = build_model(name, manifest.seed, tuple(manifest.input_shape))
     halves = cut_model(model, manifest.cut)
-    parameters = list(halves.server.module.parameters())
-    if sum(p.numel() for p in parameters) != manifest.parameters:
+    if sum(p.numel() for p in halves.server.module.parameters()) != manifest.parameters:
         raise ModelError(f"{folder}: the model has another number of parameters than was exported")
-    offset = 0
-    for parameter in parameters:
-        chunk = weights[offset : offset + parameter.numel()].reshape(tuple(parameter.shape))
-        parameter.data = torch.from_numpy(chunk.copy())
-        offset += parameter.numel()
+    fill_half(halves.server, (folder / WEIGHTS_FILE).read_bytes())
     return halves
+
+
+def fill_half(half: Half, weights: bytes) -> None:
+    """Load a weights.bin into a half: parameters and buffers, in the order they were packed."""
+    offset = 0
+    with torch.no_grad():
+        for tensor in half_state(half).values():
+            flat = np.frombuffer(weights, str(tensor.numpy().dtype), tensor.numel(), offset)
+            tensor.copy_(torch.from_numpy(flat.reshape(tuple(tensor.shape)).copy()))
+            offset += flat.nbytes
 
 
 def _client_manifest(

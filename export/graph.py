@@ -19,6 +19,7 @@ from torch import nn
 
 from export.cuts import Half
 from export.errors import ModelError, ParityError
+from export.zoo import first_line
 
 OPSET: Final = 20
 INPUT_NAME: Final = "input"
@@ -69,7 +70,7 @@ def export_graph(half: Half, input_shape: tuple[int, ...]) -> bytes:
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         raise ModelError(
-            f"the client half cannot be exported to ONNX: {str(cause).splitlines()[0]}"
+            f"the client half cannot be exported to ONNX: {first_line(cause)}"
         ) from error
     assert program is not None  # dynamo=True without a file returns the program
     return bytes(program.model_proto.SerializeToString())

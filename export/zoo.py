@@ -36,9 +36,10 @@ def build_model(name: str, seed: int, input_shape: tuple[int, ...] | None) -> Bu
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        path, _, factory = name.rpartition(":")
+        if path.endswith(".py"):
+            return _build_own(name, Path(path), factory, input_shape)
         kind, _, argument = name.partition(":")
-        if name.partition(":")[0].endswith(".py"):
-            return _build_own(name, Path(kind), argument, input_shape)
         if kind == "mlp":
             module, shape = _mlp(name, argument, input_shape)
         elif kind == "lenet":
@@ -52,6 +53,11 @@ def build_model(name: str, seed: int, input_shape: tuple[int, ...] | None) -> Bu
             f"model {name!r} takes samples of shape {shape}, the data has {input_shape}"
         )
     return BuiltModel(name, module.eval(), shape, None)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _mlp(
@@ -110,8 +116,8 @@ def _build_own(
         spec.loader.exec_module(module)
         make = getattr(module, factory, None)
         model = make() if callable(make) else None
-    except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"{path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ModelError(f"{path}: {type(error).__name__}: {first_line(error)}") from error
     if make is None:
         raise ModelError(f"{path}: has no function {factory!r}; MODEL is path/to/file.py:factory")
     if not isinstance(model, nn.Sequential):

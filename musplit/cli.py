@@ -20,13 +20,14 @@ from musplit.support import (
 )
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_SEED = click.IntRange(0, (1 << 63) - 1)
 _SHAPE_HELP = "Sample shape without the batch, e.g. 1,28,28; needed for your own model."
 
 
 @click.group(context_settings=_CONTEXT)
 @click.version_option(package_name="musplit", message="musplit %(version)s")
 def main() -> None:
-    r"""Split federated learning for boards: forward-only devices, zeroth-order updates, MQTT.
+    """Split federated learning for boards: forward-only devices, zeroth-order updates, MQTT.
 
     \b
     On a laptop, everything at once:   musplit emulate
@@ -41,13 +42,13 @@ def main() -> None:
 @click.argument("model")
 @click.option("--cut", required=True, help="Layer after which to cut; it stays on the device.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the initial weights.")
+@click.option("--seed", default=0, type=_SEED, show_default=True, help="Of the initial weights.")
 @click.option("--input-shape", metavar="N,N,..", help=_SHAPE_HELP)
 @format_option
 def export(
     model: str, cut: str, out: Path, seed: int, input_shape: str | None, output: str
 ) -> None:
-    r"""Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
+    """Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
 
     MODEL is mlp:64-32-32-10, lenet, or path/to/file.py:factory, a function that returns an
     nn.Sequential. Every export is proved against torch with perturbed weights.
@@ -81,12 +82,12 @@ def export(
 @click.option("--devices", required=True, type=click.IntRange(1), help="Number of shards.")
 @click.option("--alpha", default=0.0, type=click.FloatRange(0), show_default=True,
               help="Dirichlet concentration by label; 0 is iid, 0.1 very skewed.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Seed of the partition: run.seed.")
+@click.option("--seed", default=0, type=_SEED, show_default=True, help="As run.seed.")
 @click.option("--holdout", default=0.0, type=click.FloatRange(0, 1, max_open=True),
               show_default=True, help="Part of the training set to leave out.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out: Path) -> None:
-    r"""Write the data shards that boards carry: OUT/shard-000.npz and so on.
+    """Write the data shards that boards carry: OUT/shard-000.npz and so on.
 
     DATA is 'digits', an npz file with x_train, y_train, x_test, y_test, or a folder of IDX files.
 
@@ -126,7 +127,7 @@ def device(
     state: Path | None, threads: int, speed: float, delay_s: float, wait_s: float,
     offline_s: float,
 ) -> None:  # fmt: skip
-    r"""Take part in a run as one device: forward passes only, no torch.
+    """Take part in a run as one device: forward passes only, no torch.
 
     Fetches the client bundle when it lacks it, answers rounds, replays commits, and keeps its
     state on disk, so that it can be killed and started again at any time.
@@ -157,7 +158,7 @@ def serve(
     config: Path, broker: str, connect_s: float, out: Path | None, overrides: tuple[str, ...],
     output: str,
 ) -> None:  # fmt: skip
-    r"""Run an experiment as its server: export, wait for the devices, train, run the control.
+    """Run an experiment as its server: export, wait for the devices, train, run the control.
 
     CONFIG is a TOML file; docs/configuration.md explains every field. Prints the command to paste
     on a device. Ctrl-C ends the run and keeps what was journaled.
@@ -183,7 +184,7 @@ def serve(
               help="Where to listen; beyond loopback only with --insecure.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines can reach.")
 def broker(listen: str, insecure: bool) -> None:
-    r"""Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
+    """Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
 
     \b
     musplit broker
@@ -223,7 +224,7 @@ def emulate(
     clients: int | None, seed: int | None, quick: bool, out: Path | None,
     required: tuple[str, ...], junit: Path | None, output: str,
 ) -> None:  # fmt: skip
-    r"""Run broker, server and devices as processes on this machine, and stop them all.
+    """Run broker, server and devices as processes on this machine, and stop them all.
 
     CONFIG defaults to the digits experiment. Exit code 1 when a --require does not hold.
 
@@ -254,7 +255,7 @@ def emulate(
               help="Where client/ and server/ lie.  [default: RUN, then its parent]")  # fmt: skip
 @format_option
 def replay(run: Path, halves: Path | None, output: str) -> None:
-    r"""Rebuild both halves of a run from bundle, server half and journal, and compare digests.
+    """Rebuild both halves of a run from bundle, server half and journal, and compare digests.
 
     RUN holds journal.bin, client/ and server/; nothing else is needed, on any processor. Exit
     code 1 when the digests differ from the journaled ones.

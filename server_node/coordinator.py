@@ -144,6 +144,7 @@ class Coordinator:
         self._shares: dict[int, _Share] = {}
         self._queue: deque[int] = deque()  # devices whose activation came, in that order
         self._opened_s = self._progress_s = now_s
+        self._deadline_over = False
         self._barren = 0
         self.round = -1
         self.finished: Finish | None = None
@@ -156,10 +157,11 @@ class Coordinator:
 
     def joined(self, device: int, now_s: float) -> list[Action]:
         """A device is (back) in touch; returns what it must be told of the open round."""
+        if device not in self._present:  # one that only repeats itself is no progress
+            self._progress_s = now_s
         self._present.add(device)
         self._away_since_s.pop(device, None)
         self._gone.discard(device)
-        self._progress_s = now_s
         share = self._shares.get(device)
         if self.finished or share is None or share.dropped:
             return self._open(self.round, now_s) if self._idle() else []
@@ -230,6 +232,7 @@ class Coordinator:
                 self._gone.add(device)
                 self._drop(device, "left")
         if self._deadline_passed(now_s):
+            self._deadline_over = True
             delivered = [d for d, share in self._live() if self._delivered(share)]
             if len(delivered) >= max(1, self._rules.quorum):
                 for device, share in list(self._live()):
@@ -269,7 +272,7 @@ class Coordinator:
             return None
         times = [since_s + self._rules.rejoin_s for since_s in self._away_since_s.values()]
         times.append(self._progress_s + self._rules.stall_s)
-        if self._rules.deadline_s:
+        if self._rules.deadline_s and self._shares and not self._deadline_over:
             times.append(self._opened_s + self._rules.deadline_s)
         return min(times)
 
@@ -332,7 +335,10 @@ class Coordinator:
             self._shares = {}
             self._queue.clear()
             return []
-        self._barren = 0 if contributions else self._barren + 1
+        if contributions:
+            self._barren = 0
+        elif "not finite" in dropped.values():
+            self._barren += 1
         closed = CloseRound(self.round, contributions, dropped, self._opened_s)
         self._shares = {}
         self._queue.clear()
@@ -346,6 +352,7 @@ class Coordinator:
         if number >= self._rules.rounds:
             return self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")
         self._opened_s = self._progress_s = now_s
+        self._deadline_over = False
         chosen = draw_participants(
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )

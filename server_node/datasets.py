@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import struct
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -14,13 +13,16 @@ from numpy.typing import NDArray
 
 from server_node.errors import DataError
 from wire_protocol.directions import DirectionId, Stream, permutation
+from wire_protocol.errors import InputError
 from wire_protocol.manifest import Transform
+from wire_protocol.npz import parse_npz
 
 # The split of `digits`, and the hold-out, do not follow the run's seed: runs stay comparable.
 _SPLIT_SEED: Final = 2510_21155
 _DIGITS_TEST_FRACTION: Final = 0.2
 _NPZ_ARRAYS: Final = ("x_train", "y_train", "x_test", "y_test")
 _IDX_UINT8: Final = 0x08
+_IDX_MAX_DIMS: Final = 5
 
 
 class Dataset(NamedTuple):
@@ -63,8 +65,10 @@ def fit_transform(x_train: NDArray[np.generic], standardise: str) -> Transform:
         return Transform([0.0], [1.0])
     flat = x_train.reshape(len(x_train), -1).astype(np.float64)
     axis = 0 if standardise == "feature" else None
-    mean, std = np.atleast_1d(flat.mean(axis=axis)), np.atleast_1d(flat.std(axis=axis))
-    std = np.where(std > 0, std, 1.0)
+    low, mean = np.atleast_1d(flat.min(axis=axis)), np.atleast_1d(flat.mean(axis=axis))
+    constant = low == np.atleast_1d(flat.max(axis=axis))
+    mean = np.where(constant, low, mean)  # rounding would make a constant vary
+    std = np.where(constant, 1.0, np.atleast_1d(flat.std(axis=axis)))
     return Transform(_as_float32(mean), _as_float32(std))
 
 
@@ -88,17 +92,14 @@ def _digits() -> Dataset:
 
 def _npz(path: Path) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = [name for name in _NPZ_ARRAYS if name not in archive.files]
-            if missing:
-                raise DataError(f"{path}: array {missing[0]!r} is missing")
-            x_train, y_train, x_test, y_test = (archive[name] for name in _NPZ_ARRAYS)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a readable npz file ({error})") from error
+        arrays = parse_npz(path.read_bytes(), _NPZ_ARRAYS, str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except InputError as error:
+        raise DataError(str(error)) from error
+    x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ_ARRAYS)
     for name, labels in (("y_train", y_train), ("y_test", y_test)):
-        if labels.dtype.kind not in "ui" or labels.ndim != 1:
+        if labels.dtype.kind not in "ui":
             raise DataError(f"{path}: {name} must be one integer a sample")
     return Dataset(str(path), x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64))
 
@@ -129,6 +130,8 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _IDX_UINT8:
         raise DataError(f"{path}: not an IDX file of bytes")
     dims = data[3]
+    if not 1 <= dims <= _IDX_MAX_DIMS:
+        raise DataError(f"{path}: {dims} dimensions are none of a data set")
     if len(data) < 4 + 4 * dims:
         raise DataError(f"{path}: truncated in its header")
     shape = struct.unpack_from(f">{dims}I", data, 4)
@@ -142,8 +145,8 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
 
 def _check(data: Dataset) -> None:
     for x, y, split in ((data.x_train, data.y_train, "train"), (data.x_test, data.y_test, "test")):
-        if len(x) != len(y) or not len(y):
-            raise DataError(f"{data.name}: x_{split} and y_{split} need the same, non-zero, length")
+        if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
+            raise DataError(f"{data.name}: x_{split} and y_{split} need one label a sample")
         if x.dtype.kind not in "buif" or not np.isfinite(x).all():
             raise DataError(f"{data.name}: x_{split} must be finite numbers")
         if y.min() < 0:

@@ -12,12 +12,13 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import IO, Annotated, Final, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from server_node.errors import JournalError
+from wire_protocol.messages import U32
 
 JOURNAL_FILE: Final = "journal.bin"
 _MAGIC: Final = b"MUSJ\x01\0\0\0"
@@ -50,17 +51,17 @@ class DeviceJoined(Struct, frozen=True, tag="device", array_like=True):
 class Share(Struct, frozen=True, array_like=True):
     """One device's share of a round; scalars are float32, little-endian."""
 
-    device: int
+    device: U32
     weight: float
     client_scalars: bytes  # (K,)
     server_scalars: bytes  # (tau, K_s), row-major
-    directions_server: int  # K_s
+    directions_server: Annotated[int, Meta(ge=1)]  # K_s
 
 
 class RoundClosed(Struct, frozen=True, tag="round", array_like=True):
     """A commit: shares by ascending device index."""
 
-    round: int
+    round: U32
     eta_c: float
     eta_s: float
     eta_g: float
@@ -141,15 +142,24 @@ def read_journal(path: Path) -> Journal:
         header = _HEADER_DECODER.decode(next(bodies))
     except StopIteration as error:
         raise JournalError(f"{path}: cut short in its first record") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise JournalError(f"{path}: first record is not a run header ({error})") from error
     records: list[Record] = []
     for number, body in enumerate(bodies, 2):
         try:
-            records.append(_RECORD_DECODER.decode(body))
+            record = _RECORD_DECODER.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise JournalError(f"{path}: record {number} is damaged ({error})") from error
+        if isinstance(record, RoundClosed) and not all(map(_is_even, record.shares)):
+            raise JournalError(f"{path}: record {number} is damaged (scalars are cut short)")
+        records.append(record)
     return Journal(header, records, damage)
+
+
+def _is_even(share: Share) -> bool:
+    """True when the scalars are whole float32, and whole steps of K_s of them."""
+    step_bytes = 4 * share.directions_server
+    return not len(share.client_scalars) % 4 and not len(share.server_scalars) % step_bytes
 
 
 def _bodies(path: Path, data: bytes, damage: list[str]) -> Iterator[bytes]:

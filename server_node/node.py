@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,11 +11,10 @@ from server_node.errors import DivergedError, FrameFaultError, LobbyError, NoPro
 from server_node.fleet import Fleet, Member
 from server_node.journal import DeviceJoined
 from server_node.prepare import Experiment, open_run
-from server_node.recorder import Traffic
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, TransportError
-from wire_protocol.frames import decode_frame
+from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.manifest import sha256
 from wire_protocol.messages import (
     CHUNK_BYTES,
@@ -53,7 +51,6 @@ class Node:
     def __init__(
         self, experiment: Experiment, link: LinkLike, notify: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.traffic = Traffic()
         self._experiment, self._link, self._notify = experiment, link, notify
         self._topics = Topics(experiment.config.run.fleet)
         self._fleet = Fleet(experiment.config.devices.count)
@@ -82,7 +79,7 @@ class Node:
         run = self._run = open_run(
             self._experiment, frozen=frozen,
             devices=[(m.index or 0, m.device_id) for m in members], outbox=self,
-            traffic=self.traffic, notify=self._notify,
+            notify=self._notify,
         )  # fmt: skip
         reason = "interrupted"
         try:
@@ -166,7 +163,7 @@ class Node:
                     self._receive(event)
                 case Connected():
                     self._offline_since_s = None
-                    self.broadcast(Hello(secrets.randbits(63)))
+                    self.broadcast(Hello())
                 case Disconnected():
                     self._lost(event)
             event = self._link.next_event(0.0)
@@ -191,20 +188,21 @@ class Node:
             return
         member = self._fleet.member(uplink.device_id)
         try:
-            if uplink.is_frame:
-                self._frame(member, event.payload)
-            else:
-                self._control(uplink.device_id, member, decode_up(event.payload))
+            message = (decode_frame if uplink.is_frame else decode_up)(event.payload)
         except ProtocolError as error:
             if self._run is not None:
                 self._run.refuse()
             self._notify(
                 {"event": "refused-message", "device": uplink.device_id, "why": str(error)}
             )
+            return
+        if isinstance(message, Frame):
+            self._frame(member, message)
+        else:
+            self._control(uplink.device_id, member, message)
 
-    def _frame(self, member: Member | None, payload: bytes) -> None:
+    def _frame(self, member: Member | None, frame: Frame) -> None:
         run = self._run
-        frame = decode_frame(payload)
         if run is None or member is None or member.index is None:
             return
         if frame.run != run.header.run or frame.epoch != member.join.epoch:
@@ -238,7 +236,14 @@ class Node:
             return
         known = self._fleet.member(device_id)
         if known is None or known.join.epoch != join.epoch:
-            self._notify({"event": "joined", "device": device_id, "samples": join.samples})
+            self._notify(
+                {
+                    "event": "joined",
+                    "device": device_id,
+                    "samples": join.samples,
+                    "version": join.version,
+                }
+            )
         numbered = self._fleet.join(device_id, join)
         if self._run is not None:
             for newcomer in numbered:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.cuts import Halves
-from export.exporter import Export, export_model, load_halves
+from export.exporter import Export, export_model, fill_half, load_halves
 from export.server_half import read_server_half
 from server_node.config import Config, to_toml
 from server_node.datasets import fit_transform, load_dataset
@@ -23,7 +23,7 @@ from server_node.errors import ConfigError
 from server_node.evaluation import Evaluator
 from server_node.half import ServerHalf
 from server_node.journal import JOURNAL_FILE, DeviceJoined, Header, JournalWriter
-from server_node.recorder import Recorder, Traffic
+from server_node.recorder import Recorder
 from server_node.run import Files, Outbox, Run
 from server_node.trace import Trace
 from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
@@ -71,6 +71,7 @@ def prepare(config: Config, folder: Path) -> Experiment:
     blobs = [
         (exported.client / name).read_bytes() for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
     ]
+    fill_half(halves.client, blobs[2])
     evaluator = Evaluator(halves.client, exported.manifest, data)
     return Experiment(
         config, folder, exported, halves, evaluator, server_weights,
@@ -80,7 +81,7 @@ def prepare(config: Config, folder: Path) -> Experiment:
 
 def open_run(
     experiment: Experiment, *, frozen: bool, devices: list[tuple[int, str]], outbox: Outbox,
-    traffic: Traffic, notify: Callable[[dict[str, Any]], None],
+    notify: Callable[[dict[str, Any]], None],
 ) -> Run:  # fmt: skip
     """Open the journal and the files of a run; `frozen` is the control with eta_c = 0."""
     config = experiment.config
@@ -111,7 +112,7 @@ def open_run(
     files = Files(folder, journal, Recorder(folder), Trace(folder / "trace.json"))
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator, client, server,
-        files, outbox, traffic, notify,
+        files, outbox, notify,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,54 +34,26 @@ class RoundMetrics:
     bytes_down: int
 
 
-@dataclass
-class DeviceTotals:
-    """Byte counts of one device's stream in one run, from its cumulative reports."""
-
-    base: dict[str, int] = field(default_factory=dict)
-    last: dict[str, int] = field(default_factory=dict)
-
-    def of(self, name: str) -> int:
-        """Bytes of one counter within the run."""
-        return self.last.get(name, 0) - self.base.get(name, 0)
-
-
 _COUNTERS = ("bytes_up", "bytes_down", "bundle_bytes_up", "bundle_bytes_down")
 
 
 class Traffic:
-    """Bytes on the devices' TCP streams, per run; the bundle's transfer is kept apart.
-
-    A report of a new session starts from zero again: what the old one counted is carried on.
-    """
+    """Bytes on the devices' TCP streams in one run; the bundle's transfer is kept apart."""
 
     def __init__(self) -> None:
-        self._devices: dict[int, DeviceTotals] = {}
-        self._sessions: dict[int, tuple[int, dict[str, int]]] = {}  # epoch, counts before it
+        # A restarted device counts from zero again, in a session of its own.
+        self._sessions: dict[tuple[int, int], Report] = {}
 
     def add(self, index: int, report: Report) -> None:
-        """Take over a device's cumulative counters."""
-        totals = self._devices.setdefault(index, DeviceTotals())
-        epoch, carried = self._sessions.get(index, (report.epoch, {}))
-        if epoch != report.epoch:
-            carried = dict(totals.last)
-        self._sessions[index] = (report.epoch, carried)
-        totals.last = {name: getattr(report, name) + carried.get(name, 0) for name in _COUNTERS}
-
-    def start_run(self) -> None:
-        """What was counted so far belongs to the runs before."""
-        for totals in self._devices.values():
-            totals.base = dict(totals.last)
+        """Take over the cumulative counters of a device's session."""
+        self._sessions[index, report.epoch] = report
 
     def totals(self) -> dict[str, int]:
         """Sums over devices: bytes_up and bytes_down without the bundle, and the bundle's."""
-        sums = {name: sum(t.of(name) for t in self._devices.values()) for name in _COUNTERS}
-        return {
-            "bytes_up": sums["bytes_up"] - sums["bundle_bytes_up"],
-            "bytes_down": sums["bytes_down"] - sums["bundle_bytes_down"],
-            "bundle_bytes_up": sums["bundle_bytes_up"],
-            "bundle_bytes_down": sums["bundle_bytes_down"],
-        }
+        sums = {name: sum(getattr(r, name) for r in self._sessions.values()) for name in _COUNTERS}
+        sums["bytes_up"] -= sums["bundle_bytes_up"]
+        sums["bytes_down"] -= sums["bundle_bytes_down"]
+        return sums
 
 
 class Table:

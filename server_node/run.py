@@ -75,7 +75,7 @@ class Run:
     def __init__(
         self, config: Config, header: Header, manifest: Manifest, half: ServerHalf,
         evaluator: Evaluator, client: Vector, server: Vector, files: Files, outbox: Outbox,
-        traffic: Traffic, notify: Callable[[dict[str, Any]], None],
+        notify: Callable[[dict[str, Any]], None],
     ) -> None:  # fmt: skip
         self.config, self.header, self.files = config, header, files
         self.client, self.server = client, server
@@ -84,7 +84,8 @@ class Run:
         self.server_steps = self.contributions = self.rounds_closed = 0
         self.busy_s = self.busy_waiting_s = 0.0
         self._manifest, self._half, self._evaluator = manifest, half, evaluator
-        self._outbox, self._traffic, self._notify = outbox, traffic, notify
+        self._outbox, self._notify = outbox, notify
+        self.traffic = Traffic()
         self._generator = DirectionGenerator()
         self._coordinator: Coordinator | None = None
         self._commits: list[Commit] = []
@@ -140,7 +141,7 @@ class Run:
 
     def report(self, device: int, device_id: str, report: Report) -> None:
         """A device's costs of a round."""
-        self._traffic.add(device, report)
+        self.traffic.add(device, report)
         self.files.recorder.device(device_id, device, report)
         self.files.trace.device_round(device, device_id, report)
 
@@ -293,7 +294,7 @@ class Run:
     def _record(self, closed: CloseRound, scores: Scores | None) -> None:
         now_s = time.monotonic()
         busy_s, waiting_s, steps = self._mark
-        traffic = self._traffic.totals()
+        traffic = self.traffic.totals()
         metrics = RoundMetrics(
             round=closed.round, accuracy=scores.accuracy if scores else None,
             loss=scores.loss if scores else None, contributions=len(closed.contributions),

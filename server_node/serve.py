@@ -71,7 +71,6 @@ def _control(node: Node) -> RunResult | str:
 
 
 def _run(node: Node, *, frozen: bool, final: bool) -> RunResult:
-    node.traffic.start_run()
     begin_s = time.monotonic()
     run = node.run(frozen=frozen, final=final)
-    return RunResult(run, time.monotonic() - begin_s, node.traffic.totals())
+    return RunResult(run, time.monotonic() - begin_s, run.traffic.totals())

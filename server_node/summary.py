@@ -54,8 +54,8 @@ def summarise(
         "bytes_down_per_client_round": round(
             main.traffic["bytes_down"] / max(1, run.contributions), 1
         ),
-        "control_bytes_up": 0,
-        "control_bytes_down": 0,
+        "control_bytes_up": None,
+        "control_bytes_down": None,
         "client_rounds": run.contributions,
         "server_steps": run.server_steps,
         "client_weights_sha256": sha256(run.client),

@@ -177,8 +177,8 @@ def test_override_into_something_that_is_no_section_is_refused(toml):
     "overrides",
     [
         [],
-        ["run.seed=9223372036854775807", "method.lam=1e-300", "method.eta_c=1e300"],
-        ["emulation.speed=[0.1, 1, 3.25]", "emulation.delay_s=[0.0]", "evaluation.control=false"],
+        ["run.seed=9223372036854775807", "method.lam=1e-9", "method.eta_c=1e6"],
+        ["emulation.speed=[0.1, 1, 0.25]", "emulation.delay_s=[0.0]", "evaluation.control=false"],
         ['data.source=a "quoted" \\path\\ with é and 日本\t.npz'],
         ["devices.participants=3", "round.quorum=2", "round.deadline_s=1.5"],
     ],

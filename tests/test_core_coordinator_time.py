@@ -284,7 +284,7 @@ def test_run_that_everybody_left_is_stalled_when_nobody_comes_back():
     [
         lambda desk: desk.activation(0),
         lambda desk: desk.differences(0, 0, 1),
-        lambda desk: desk.joined(0),
+        lambda desk: desk.joined(7),
         lambda desk: desk.compute(desk.machine.next_work()),
     ],
 )
@@ -305,4 +305,5 @@ def test_useless_frames_do_not_put_the_stall_off():
     desk.activation(1)
     desk.activation(9)
     desk.differences(1, 2, 5)
+    desk.joined(0)  # an idle device repeats itself
     assert desk.machine.wake_s() == 1100.0

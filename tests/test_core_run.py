@@ -11,7 +11,6 @@ from server_node.coordinator import Outcome
 from server_node.errors import FrameFaultError
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import open_run, prepare
-from server_node.recorder import Traffic
 from wire_protocol.frames import Frame, FrameKind
 from wire_protocol.manifest import sha256
 from wire_protocol.messages import Commit, Round
@@ -149,7 +148,7 @@ def started(experiment, tmp_path):
     outbox = Outbox()
     run = open_run(
         experiment._replace(folder=tmp_path), frozen=False, devices=[(0, "a"), (1, "b"), (2, "c")],
-        outbox=outbox, traffic=Traffic(), notify=lambda _: None,
+        outbox=outbox, notify=lambda _: None,
     )  # fmt: skip
     run.start([0, 1, 2])
     yield run, outbox

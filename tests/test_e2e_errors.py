@@ -62,7 +62,7 @@ MISTAKES = [
     Mistake("a device name with a slash",
             ["device", "--id", "a/b", "--broker", DEAD, "--data", "{shard}"], 3, "'a/b'"),
     Mistake("a shard that is not there",
-            ["device", "--id", "d", "--broker", DEAD, "--data", "no.npz"], 3, "no.npz: no such"),
+            ["device", "--id", "d", "--broker", DEAD, "--data", "no.npz"], 3, "no.npz: cannot"),
     Mistake("a truncated shard",
             ["device", "--id", "d", "--broker", DEAD, "--data", "{folder}/truncated.npz"],
             3, "truncated.npz: not a readable npz"),

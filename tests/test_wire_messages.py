@@ -45,7 +45,7 @@ UP: list[Message] = [
     m.Leave(epoch=5, reason="x" * 400),
 ]
 DOWN: list[Message] = [
-    m.Hello(server_epoch=1),
+    m.Hello(),
     WELCOME,
     m.Refused(epoch=1, reason="the fleet is full"),
     m.Chunk(digest=DIGEST, index=7, data=bytes(range(256))),

@@ -28,7 +28,7 @@ U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
 U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(max_length=400)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=1e10)]  # durations, and Unix time
 Chunk32K = Annotated[bytes, Meta(max_length=CHUNK_BYTES)]
 
 
@@ -66,7 +66,7 @@ class Ready(_Message, frozen=True, tag="ready"):
 
 
 class Report(_Message, frozen=True, tag="report"):
-    """What one round cost this device. Cumulative byte counts are of the TCP stream."""
+    """What one round cost this device; bytes of the TCP stream, cumulative over the run."""
 
     run: U63
     epoch: U63
@@ -97,8 +97,6 @@ class Leave(_Message, frozen=True, tag="leave"):
 
 class Hello(_Message, frozen=True, tag="hello"):
     """The server has just (re)connected: every device joins again."""
-
-    server_epoch: U63
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):

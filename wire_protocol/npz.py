@@ -1,0 +1,39 @@
+"""Reading npz archives from outside, without pickle: bytes in, arrays or one error out."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from typing import Any, Final
+
+import numpy as np
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
+
+from wire_protocol.errors import InputError
+
+# What numpy, zipfile and zlib raise on damaged or odd archives (found by truncating and flipping).
+_DAMAGE: Final = (
+    OSError, ValueError, EOFError, TypeError, KeyError, AttributeError, RuntimeError,
+    MemoryError, struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+def parse_npz(data: bytes, names: tuple[str, ...], where: str) -> dict[str, NDArray[Any]]:
+    """All arrays of an archive; those in `names` must be there. Raises InputError."""
+    try:
+        archive = np.load(io.BytesIO(data), allow_pickle=False)
+        files = archive.files if isinstance(archive, NpzFile) else []
+        arrays = {name: archive[name] for name in files}
+    except _DAMAGE as error:
+        raise InputError(f"{where}: not a readable npz file ({_line(error)})") from error
+    for name in names:
+        if not isinstance(arrays.get(name), np.ndarray):
+            raise InputError(f"{where}: array {name!r} is missing")
+    return arrays
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
