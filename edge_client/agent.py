@@ -6,9 +6,6 @@ order: the agent repeats what got no answer, and ignores what it already knows.
 
 from __future__ import annotations
 
-import resource
-import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -16,10 +13,10 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
-import psutil
 
-from edge_client.blobs import BlobFetch
+from edge_client.blobs import BlobFetch, BundleFetch
 from edge_client.errors import BundleError
+from edge_client.memory import memory_bytes
 from edge_client.pacing import PacedSession
 from edge_client.session import ClientSession
 from edge_client.shard import Shard, check_shard
@@ -27,7 +24,7 @@ from edge_client.state import SavedWeights, StateStore, read_bundle
 from edge_client.trainer import Trainer
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
-from wire_protocol.manifest import Bundle, assemble, parse_manifest
+from wire_protocol.manifest import Bundle, assemble
 from wire_protocol.messages import (
     Chunk,
     Commit,
@@ -89,8 +86,7 @@ class Agent:
         self._own_bundle = read_bundle(settings.bundle) if settings.bundle else None
         self._welcome: Welcome | None = None
         self._trainer: Trainer | None = None
-        self._fetch: BlobFetch | None = None
-        self._parts: list[bytes] = []
+        self._fetch: BlobFetch | BundleFetch | None = None
         self._snapshot: Snapshot | None = None
         self._work: Iterator[bytes | None] | None = None
         self._sent: list[bytes] = []
@@ -185,37 +181,41 @@ class Agent:
         else:
             self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
             self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
-            self._request(BlobFetch(welcome.manifest_sha256, welcome.manifest_bytes))
+            self._request(BundleFetch(welcome.manifest_sha256, welcome.manifest_bytes))
 
     def _take_chunk(self, chunk: Chunk) -> None:
         fetch = self._fetch
         if fetch is None or not fetch.take(chunk):
             return
         self._fetched_s = time.monotonic()
-        data = fetch.assemble() if fetch.complete else None
-        if data is None:
+        if not fetch.complete:
             self._request(fetch)
-            return
-        self._fetch = None
-        if self._snapshot is not None:
-            self._restore_snapshot(data, self._snapshot)
-            return
-        self._parts.append(data)
-        manifest = parse_manifest(self._parts[0], "fetched manifest")
-        if len(self._parts) < 3:
-            blob = manifest.graph if len(self._parts) == 1 else manifest.weights
-            self._request(BlobFetch(blob.sha256, blob.size_bytes))
-            return
-        manifest_data, graph, weights = self._parts
-        self._store.save_bundle(manifest_data, graph, weights)
-        up, down = self._fetch_began
-        self._bundle_bytes = (
-            self._bundle_bytes[0] + self._link.bytes_up - up,
-            self._bundle_bytes[1] + self._link.bytes_down - down,
-        )
-        self._start(assemble(manifest_data, graph, weights, "fetched bundle"))
+        elif isinstance(fetch, BundleFetch):
+            self._fetch = None
+            self._take_bundle(fetch)
+        else:
+            self._take_snapshot(fetch)
 
-    def _request(self, fetch: BlobFetch) -> None:
+    def _take_bundle(self, fetch: BundleFetch) -> None:
+        manifest, graph, weights = fetch.parts
+        bundle = assemble(manifest, graph, weights, "fetched bundle")
+        self._store.save_bundle(manifest, graph, weights)
+        up, down = self._fetch_began
+        self._bundle_bytes = (self._link.bytes_up - up, self._link.bytes_down - down)
+        self._start(bundle)
+
+    def _take_snapshot(self, fetch: BlobFetch) -> None:
+        data, snapshot, trainer = fetch.assemble(), self._snapshot, self._trainer
+        self._fetch = self._snapshot = None
+        if data is None or snapshot is None or trainer is None:
+            return
+        weights = np.frombuffer(data, np.uint8)
+        if len(weights) == trainer.theta.nbytes:
+            trainer.restore(weights.view("<f4"), snapshot.next_round)
+            self._work, self._sent = None, []
+        self._ready()
+
+    def _request(self, fetch: BlobFetch | BundleFetch) -> None:
         self._fetch, self._fetched_s = fetch, time.monotonic()
         request = fetch.next_request()
         if request is not None:
@@ -289,14 +289,6 @@ class Agent:
             self._ready()
         self._save()
 
-    def _restore_snapshot(self, data: bytes, snapshot: Snapshot) -> None:
-        self._snapshot = None
-        trainer = self._trainer
-        if trainer is not None and len(data) == trainer.theta.nbytes:
-            trainer.restore(np.frombuffer(data, "<f4"), snapshot.next_round)
-            self._work, self._sent = None, []
-            self._ready()
-
     def _end(self, end: End) -> None:
         if self._trainer is not None:
             self._report(self._trainer.next_round, 0.0, self._trainer)
@@ -307,7 +299,7 @@ class Agent:
     def _forget_run(self) -> None:
         """Nothing of this run counts for the next one, its bytes included."""
         self._welcome = self._trainer = self._work = self._fetch = self._snapshot = None
-        self._parts, self._sent = [], []
+        self._sent = []
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
         self._bundle_bytes = (0, 0)
 
@@ -381,15 +373,3 @@ class Agent:
             self._store.save_weights(
                 SavedWeights(trainer.welcome.run, trainer.next_round, trainer.theta)
             )
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Resident memory of this process, (now, peak), in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux
-    return psutil.Process().memory_info().rss, peak * unit
-
-
-def new_epoch() -> int:
-    """A session epoch: names one start of one device program."""
-    return secrets.randbits(63)

@@ -1,10 +1,10 @@
-"""Fetching a blob by its digest, in chunks, with a window of requests: pure bookkeeping."""
+"""Fetching blobs by their digests, in chunks, with a window of requests: pure bookkeeping."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from wire_protocol.manifest import sha256
+from wire_protocol.manifest import parse_manifest, sha256
 from wire_protocol.messages import CHUNK_BYTES, Chunk, Fetch
 
 # Chunks asked for at once: 512 KiB in flight.
@@ -59,3 +59,37 @@ class BlobFetch:
         self._chunks.clear()
         self._missing = self._asked_until = 0
         return None
+
+
+class BundleFetch:
+    """Collects a client bundle: the manifest, then the graph and the weights that it names."""
+
+    def __init__(self, manifest_sha256: str, manifest_bytes: int) -> None:
+        self.parts: list[bytes] = []
+        self._blob = BlobFetch(manifest_sha256, manifest_bytes)
+
+    @property
+    def complete(self) -> bool:
+        """True when manifest, graph and weights are here."""
+        return len(self.parts) == 3
+
+    def restart(self) -> None:
+        """Nothing came for a while: ask again from the first missing chunk."""
+        self._blob.restart()
+
+    def next_request(self) -> Fetch | None:
+        """The next window, or None while one is outstanding or everything is here."""
+        return None if self.complete else self._blob.next_request()
+
+    def take(self, chunk: Chunk) -> bool:
+        """Store a chunk; False when it is of no use. Raises InputError for a bad manifest."""
+        if self.complete or not self._blob.take(chunk):
+            return False
+        data = self._blob.assemble() if self._blob.complete else None
+        if data is not None:
+            self.parts.append(data)
+            if not self.complete:
+                manifest = parse_manifest(self.parts[0], "fetched manifest")
+                blob = manifest.graph if len(self.parts) == 1 else manifest.weights
+                self._blob = BlobFetch(blob.sha256, blob.size_bytes)
+        return True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_client.agent import Agent, AgentSettings, new_epoch
+from edge_client.agent import Agent, AgentSettings
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.messages import Leave, encode
@@ -22,7 +23,7 @@ def run_device(
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
     store = StateStore(state)
-    epoch = new_epoch()
+    epoch = secrets.randbits(63)  # names this start of the program
     will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
         f"{settings.fleet}-{settings.device_id}", address, will=will,

@@ -10,114 +10,27 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final
 
+from server_node.actions import (
+    Action,
+    CloseRound,
+    Contribution,
+    Finish,
+    Ignore,
+    Measure,
+    OpenRound,
+    Outcome,
+    Remind,
+    Reply,
+    Rules,
+    Step,
+    Work,
+)
 from wire_protocol.directions import participants as draw_participants
 
 # Rounds in a row without a single finite contribution before the run is called diverged.
 BARREN_ROUNDS: Final = 5
-
-
-class Rules(NamedTuple):
-    """What the coordinator needs of the configuration; times in seconds."""
-
-    run_seed: int
-    rounds: int
-    participants: int
-    tau: int
-    directions: int  # K; 0 when the client half is frozen
-    quorum: int
-    deadline_s: float  # 0: none
-    rejoin_s: float
-    stall_s: float
-
-
-# -- actions: what the driver must do, in order
-
-
-class OpenRound(NamedTuple):
-    """Announce a round to its participants (indices, ascending)."""
-
-    round: int
-    participants: list[int]
-
-
-class Remind(NamedTuple):
-    """Tell one device (again) of the open round that still misses frames of it."""
-
-    device: int
-    round: int
-    participants: list[int]
-
-
-class Reply(NamedTuple):
-    """Send a device its K scalars: its round is complete."""
-
-    device: int
-    round: int
-    scalars: list[float]
-
-
-class Contribution(NamedTuple):
-    """One device's complete share of a round."""
-
-    device: int
-    client_scalars: list[float]  # (K,)
-    server_scalars: list[list[float]]  # (tau, K_s)
-
-
-class CloseRound(NamedTuple):
-    """Commit a round; contributions by ascending device, `dropped` says why others are missing."""
-
-    round: int
-    contributions: list[Contribution]
-    dropped: dict[int, str]
-    opened_s: float
-
-
-class Ignore(NamedTuple):
-    """A frame that changes nothing, and why."""
-
-    device: int
-    why: str
-
-
-class Outcome(Enum):
-    """How a run ended."""
-
-    COMPLETE = "complete"
-    STALLED = "stalled"
-    DIVERGED = "diverged"
-
-
-class Finish(NamedTuple):
-    """The run is over."""
-
-    outcome: Outcome
-    detail: str
-
-
-Action = OpenRound | Remind | Reply | CloseRound | Ignore | Finish
-
-# -- work: what the driver should compute next, one piece at a time
-
-
-class Step(NamedTuple):
-    """Server step `step` of tau for a device."""
-
-    device: int
-    step: int
-
-
-class Measure(NamedTuple):
-    """Loss differences of a device's directions from `first_k` on."""
-
-    device: int
-    first_k: int
-
-
-Work = Step | Measure
 
 
 @dataclass

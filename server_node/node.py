@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from server_node.coordinator import Finish, Outcome
+from server_node.actions import Finish, Outcome
 from server_node.errors import DivergedError, FrameFaultError, LobbyError, NoProgressError
 from server_node.fleet import Fleet, Member
-from server_node.journal import DeviceJoined
 from server_node.prepare import Experiment, open_run
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
@@ -191,7 +190,7 @@ class Node:
             message = (decode_frame if uplink.is_frame else decode_up)(event.payload)
         except ProtocolError as error:
             if self._run is not None:
-                self._run.refuse()
+                self._run.ledger.useless("refused")
             self._notify(
                 {"event": "refused-message", "device": uplink.device_id, "why": str(error)}
             )
@@ -210,7 +209,7 @@ class Node:
         try:
             run.frame(member.index, frame)
         except FrameFaultError as error:
-            run.refuse()
+            run.ledger.useless("refused")
             self._notify({"event": "refused-device", "device": member.device_id, "why": str(error)})
             self._down(member.device_id, Refused(member.join.epoch, str(error)))
 
@@ -247,9 +246,7 @@ class Node:
         numbered = self._fleet.join(device_id, join)
         if self._run is not None:
             for newcomer in numbered:
-                self._run.files.journal.append(
-                    DeviceJoined(newcomer.index or 0, newcomer.device_id)
-                )
+                self._run.ledger.joined(newcomer.index or 0, newcomer.device_id)
             member = self._fleet.member(device_id)
             if member is not None:
                 self._welcome(member)
@@ -296,7 +293,7 @@ class Node:
         run = self._run
         if run is None or member.index is None or report.run != run.header.run:
             return
-        run.report(member.index, member.device_id, report)
+        run.ledger.reported(member.index, member.device_id, report)
         if self._ending and report.round >= run.rounds_closed:
             self._final_reports.add(member.index)
 

@@ -22,10 +22,9 @@ from server_node.datasets import fit_transform, load_dataset
 from server_node.errors import ConfigError
 from server_node.evaluation import Evaluator
 from server_node.half import ServerHalf
-from server_node.journal import JOURNAL_FILE, DeviceJoined, Header, JournalWriter
-from server_node.recorder import Recorder
-from server_node.run import Files, Outbox, Run
-from server_node.trace import Trace
+from server_node.journal import JOURNAL_FILE, Header
+from server_node.ledger import Ledger
+from server_node.run import Outbox, Run
 from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.toml"
@@ -98,9 +97,6 @@ def open_run(
         server_device=config.server.device, server_threads=config.server.threads,
         environment=environment(),
     )  # fmt: skip
-    journal = JournalWriter(folder / JOURNAL_FILE, header)
-    for index, device_id in devices:
-        journal.append(DeviceJoined(index, device_id))
     client = np.frombuffer(
         experiment.blobs[2], "<f4", experiment.exported.manifest.parameters
     ).astype(np.float32)
@@ -109,10 +105,9 @@ def open_run(
         experiment.halves.server.module, server, run_seed=config.run.seed, lam=config.method.lam,
         directions=config.method.directions_server, device=torch.device(config.server.device),
     )  # fmt: skip
-    files = Files(folder, journal, Recorder(folder), Trace(folder / "trace.json"))
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator, client, server,
-        files, outbox, notify,
+        Ledger(folder, header, devices), outbox, notify,
     )  # fmt: skip
 
 

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server_node.checkpoint import save_checkpoint
-from server_node.config import Config
-from server_node.coordinator import (
+from server_node.actions import (
     Action,
     CloseRound,
-    Coordinator,
     Finish,
     Ignore,
     OpenRound,
@@ -28,18 +24,19 @@ from server_node.coordinator import (
     Step,
     Work,
 )
+from server_node.config import Config
+from server_node.coordinator import Coordinator
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
 from server_node.half import ActivationBatch, Scores, ServerHalf
-from server_node.journal import Digests, Ended, Header, JournalWriter, RoundClosed, Share
-from server_node.recorder import Recorder, RoundMetrics, Traffic
+from server_node.journal import Header, RoundClosed, Share
+from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.schedule import step_factor
-from server_node.trace import COMPUTE, ROUNDS, SERVER_PID, Trace
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.frames import Frame, FrameKind
 from wire_protocol.manifest import Manifest, sha256
-from wire_protocol.messages import Commit, DownMessage, Report, Round, Scalars, Snapshot, encode
+from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, encode
 
 Vector = NDArray[np.float32]
 
@@ -60,43 +57,30 @@ class Outbox(Protocol):
         ...
 
 
-class Files(NamedTuple):
-    """The open files of a run folder."""
-
-    folder: Path
-    journal: JournalWriter
-    recorder: Recorder
-    trace: Trace
-
-
 class Run:
     """State of one run between events. All times come from `time.monotonic`."""
 
     def __init__(
         self, config: Config, header: Header, manifest: Manifest, half: ServerHalf,
-        evaluator: Evaluator, client: Vector, server: Vector, files: Files, outbox: Outbox,
+        evaluator: Evaluator, client: Vector, server: Vector, ledger: Ledger, outbox: Outbox,
         notify: Callable[[dict[str, Any]], None],
     ) -> None:  # fmt: skip
-        self.config, self.header, self.files = config, header, files
+        self.config, self.header, self.ledger = config, header, ledger
         self.client, self.server = client, server
         self.finished: Finish | None = None
         self.scores: Scores | None = None
-        self.server_steps = self.contributions = self.rounds_closed = 0
-        self.busy_s = self.busy_waiting_s = 0.0
+        self.contributions = self.rounds_closed = 0
         self._manifest, self._half, self._evaluator = manifest, half, evaluator
         self._outbox, self._notify = outbox, notify
-        self.traffic = Traffic()
         self._generator = DirectionGenerator()
         self._coordinator: Coordinator | None = None
         self._commits: list[Commit] = []
         self._commit_bytes: list[int] = []
-        self._closed: CloseRound | None = None  # recorded once the next round is on its way
+        # Closed and when; recorded once the next round is on its way.
+        self._closed: tuple[CloseRound, float] | None = None
         self._batches: dict[int, ActivationBatch] = {}
         self._differences: dict[tuple[int, int], Vector] = {}
         self._stepped: dict[int, list[list[float]]] = {}
-        self._counts = {"late": 0, "duplicate": 0, "refused": 0}
-        self._mark = (0.0, 0.0, 0)  # busy, busy while waiting, steps at the last round's end
-        self._unix_offset_s = time.time() - time.monotonic()
 
     # -- events ------------------------------------------------------------------------------
 
@@ -139,23 +123,14 @@ class Run:
         if self._coordinator is not None:
             self._perform(self._coordinator.left(device, time.monotonic()))
 
-    def report(self, device: int, device_id: str, report: Report) -> None:
-        """A device's costs of a round."""
-        self.traffic.add(device, report)
-        self.files.recorder.device(device_id, device, report)
-        self.files.trace.device_round(device, device_id, report)
-
     def frame(self, device: int, frame: Frame) -> None:
         """A device's tensor. Raises FrameFaultError when it does not fit this run."""
         coordinator = self._coordinator
         if coordinator is None:
             return
         now_s = time.monotonic()
-        self.files.trace.instant(
-            f"{frame.kind.name.lower()} arrived", now_s + self._unix_offset_s,
-            device=device, round=frame.round, first_k=frame.first_k,
-        )  # fmt: skip
-        self._check(frame)
+        check_frame(frame, self.config.devices.batch, self._manifest)
+        self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:
             actions = coordinator.activation(device, frame.round, now_s)
             if not actions:
@@ -166,10 +141,6 @@ class Run:
             if not actions:
                 self._differences[device, frame.first_k] = frame.tensor
         self._perform(actions)
-
-    def refuse(self) -> None:
-        """Count a frame that was refused."""
-        self._counts["refused"] += 1
 
     def tick(self) -> None:
         """Let time pass."""
@@ -187,14 +158,7 @@ class Run:
         begin_s = time.monotonic()
         number = self._coordinator.round
         actions = self._compute(work, self._coordinator)
-        seconds = time.monotonic() - begin_s
-        self.busy_s += seconds
-        self.busy_waiting_s += seconds if waiting else 0.0
-        name = "step" if isinstance(work, Step) else "measure"
-        self.files.trace.span(
-            SERVER_PID, COMPUTE, name, begin_s + self._unix_offset_s, seconds,
-            round=number, **work._asdict(),
-        )  # fmt: skip
+        self.ledger.worked(work, number, begin_s, waiting=waiting)
         self._perform(actions)
         return True
 
@@ -205,7 +169,6 @@ class Run:
         if isinstance(work, Step):
             scalars = self._half.step(work.device, batch, done)
             done.append(scalars)
-            self.server_steps += 1
             pad_s = self.config.server.min_step_s - (time.monotonic() - begin_s)
             if pad_s > 0:
                 time.sleep(pad_s)
@@ -232,12 +195,12 @@ class Run:
                 case CloseRound():
                     self._close(action)
                 case Ignore():
-                    self._counts["duplicate" if action.why == "duplicate" else "late"] += 1
+                    self.ledger.useless("duplicate" if action.why == "duplicate" else "late")
                 case Finish():
                     self.finished = action
         if self._closed is not None:  # the devices compute meanwhile
-            closed, self._closed = self._closed, None
-            self._settle(closed)
+            (closed, closed_s), self._closed = self._closed, None
+            self._settle(closed, closed_s)
 
     def _open(self, opened: OpenRound) -> None:
         factor = step_factor(self.config.method.schedule, opened.round, self.config.run.rounds)
@@ -258,7 +221,7 @@ class Run:
         record = RoundClosed(
             closed.round, method.eta_c * factor, method.eta_s * factor, method.eta_g, shares
         )
-        self.files.journal.append(record)
+        self.ledger.committed(record)
         apply_client(self.client, self.header, record, self._generator)
         apply_server(self.server, self.header, record, self._generator)
         self._half.load(self.server)
@@ -272,74 +235,43 @@ class Run:
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
         self._outbox.broadcast(commit)
-        self._closed = closed
+        self._closed = closed, time.monotonic()
 
     def _due(self, number: int) -> bool:
         """True for rounds that are evaluated."""
         last = number + 1 == self.config.run.rounds
         return last or (number + 1) % self.config.evaluation.every == 0
 
-    def _settle(self, closed: CloseRound) -> None:
+    def _settle(self, closed: CloseRound, closed_s: float) -> None:
         """Evaluate, checkpoint and record a closed round."""
         due = self._due(closed.round)
         if due:
             self.scores = self._evaluator.scores(self.client, self._half)
-            self.files.journal.append(
-                Digests(closed.round + 1, sha256(self.client), sha256(self.server))
-            )
-            self.files.journal.sync()
-            save_checkpoint(self.files.folder, closed.round + 1, self.client, self.server)
-        self._record(closed, self.scores if due else None)
-
-    def _record(self, closed: CloseRound, scores: Scores | None) -> None:
-        now_s = time.monotonic()
-        busy_s, waiting_s, steps = self._mark
-        traffic = self.traffic.totals()
-        metrics = RoundMetrics(
-            round=closed.round, accuracy=scores.accuracy if scores else None,
-            loss=scores.loss if scores else None, contributions=len(closed.contributions),
-            dropped=len(closed.dropped), late_frames=self._counts["late"],
-            duplicate_frames=self._counts["duplicate"], refused_frames=self._counts["refused"],
-            tau=self.config.method.tau, server_steps=self.server_steps - steps,
-            seconds=now_s - closed.opened_s, server_busy_s=self.busy_s - busy_s,
-            server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
-            bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],
-        )  # fmt: skip
-        self._mark = (self.busy_s, self.busy_waiting_s, self.server_steps)
-        self._counts = dict.fromkeys(self._counts, 0)
-        self.files.trace.span(
-            SERVER_PID, ROUNDS, f"round {closed.round}",
-            closed.opened_s + self._unix_offset_s, now_s - closed.opened_s,
-            dropped={str(device): why for device, why in closed.dropped.items()},
-        )  # fmt: skip
-        self._notify({"event": "round", **self.files.recorder.round(metrics)})
+            self.ledger.verified(closed.round + 1, self.client, self.server)
+        scores = self.scores if due else None
+        row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores)
+        self._notify({"event": "round", **row})
 
     def close(self, reason: str) -> None:
         """End the journal and close all files."""
-        self.files.journal.append(
-            Digests(self.rounds_closed, sha256(self.client), sha256(self.server))
+        self.ledger.close(reason, self.rounds_closed, self.client, self.server)
+
+
+def check_frame(frame: Frame, batch: int, manifest: Manifest) -> None:
+    """Raise FrameFaultError unless a frame's shape, labels and values fit the run."""
+    shape = (batch, *manifest.activation.shape)
+    name = frame.kind.name.lower()
+    activation = frame.kind is FrameKind.ACTIVATION
+    have = frame.tensor.shape if activation else frame.tensor.shape[1:]
+    labels = batch if activation else 0
+    if have != shape or len(frame.labels) != labels or not len(frame.tensor):
+        raise FrameFaultError(
+            f"{name} of shape {frame.tensor.shape} with {len(frame.labels)} labels, the run wants "
+            f"{shape} with {labels}"
         )
-        self.files.journal.append(Ended(reason))
-        self.files.journal.close()
-        self.files.recorder.close()
-        self.files.trace.close()
-        save_checkpoint(self.files.folder, self.rounds_closed, self.client, self.server)
-
-    # -- checks ------------------------------------------------------------------------------
-
-    def _check(self, frame: Frame) -> None:
-        batch, shape = self.config.devices.batch, tuple(self._manifest.activation.shape)
-        activation = frame.kind is FrameKind.ACTIVATION
-        have = frame.tensor.shape if activation else frame.tensor.shape[1:]
-        labels = batch if activation else 0
-        if have != (batch, *shape) or len(frame.labels) != labels or not len(frame.tensor):
-            raise FrameFaultError(
-                f"{frame.kind.name.lower()} of shape {frame.tensor.shape} with {len(frame.labels)} "
-                f"labels, the run wants {(batch, *shape)} with {labels}"
-            )
-        if activation and int(frame.labels.max()) >= self._manifest.classes:
-            raise FrameFaultError(
-                f"label {int(frame.labels.max())} is outside 0..{self._manifest.classes - 1}"
-            )
-        if not np.isfinite(frame.tensor).all():
-            raise FrameFaultError(f"{frame.kind.name.lower()} holds values that are not finite")
+    if activation and int(frame.labels.max()) >= manifest.classes:
+        raise FrameFaultError(
+            f"label {int(frame.labels.max())} is outside 0..{manifest.classes - 1}"
+        )
+    if not np.isfinite(frame.tensor).all():
+        raise FrameFaultError(f"{name} holds values that are not finite")

@@ -73,4 +73,4 @@ def _control(node: Node) -> RunResult | str:
 def _run(node: Node, *, frozen: bool, final: bool) -> RunResult:
     begin_s = time.monotonic()
     run = node.run(frozen=frozen, final=final)
-    return RunResult(run, time.monotonic() - begin_s, run.traffic.totals())
+    return RunResult(run, time.monotonic() - begin_s, run.ledger.traffic.totals())

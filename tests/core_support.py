@@ -7,8 +7,9 @@ from pathlib import Path
 
 import experiments
 from emulation.inprocess import InProcessFleet
+from server_node.actions import Action, CloseRound, Measure, Rules, Work
 from server_node.config import Config, load_config
-from server_node.coordinator import Action, CloseRound, Coordinator, Measure, Rules, Work
+from server_node.coordinator import Coordinator
 from server_node.prepare import Experiment
 from server_node.run import Run
 

@@ -7,8 +7,7 @@ import random
 import pytest
 from core_support import RULES, Desk, client_scalar, server_scalar
 
-from server_node.coordinator import (
-    BARREN_ROUNDS,
+from server_node.actions import (
     CloseRound,
     Contribution,
     Finish,
@@ -19,6 +18,7 @@ from server_node.coordinator import (
     Reply,
     Step,
 )
+from server_node.coordinator import BARREN_ROUNDS
 from wire_protocol.directions import participants
 
 

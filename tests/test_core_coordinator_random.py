@@ -7,15 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from server_node.coordinator import (
-    CloseRound,
-    Finish,
-    Ignore,
-    OpenRound,
-    Outcome,
-    Remind,
-    Reply,
-)
+from server_node.actions import CloseRound, Finish, Ignore, OpenRound, Outcome, Remind, Reply
 
 DEVICES = st.integers(0, 4)
 SETTINGS = settings(

@@ -3,15 +3,8 @@
 import pytest
 from core_support import Desk, client_scalar, server_scalar
 
-from server_node.coordinator import (
-    BARREN_ROUNDS,
-    Finish,
-    Ignore,
-    OpenRound,
-    Outcome,
-    Remind,
-    Reply,
-)
+from server_node.actions import Finish, Ignore, OpenRound, Outcome, Remind, Reply
+from server_node.coordinator import BARREN_ROUNDS
 
 DEADLINE = {"deadline_s": 5.0, "quorum": 2}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from core_support import play, tiny_config
 
-from server_node.coordinator import Outcome
+from server_node.actions import Outcome
 from server_node.errors import FrameFaultError
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import open_run, prepare
@@ -35,7 +35,7 @@ def digests_of(run):
 
 
 def rounds_of(run):
-    records = read_journal(run.files.folder / "journal.bin").records
+    records = read_journal(run.ledger.folder / "journal.bin").records
     return [record for record in records if isinstance(record, RoundClosed)]
 
 
@@ -87,7 +87,7 @@ def test_server_scalars_are_tau_steps_of_k_directions_for_each_device(experiment
         assert all(share.weight == 1 / 3 for share in record.shares)
         assert all(len(share.server_scalars) == 4 * 3 * 2 for share in record.shares)
         assert all(len(share.client_scalars) == 4 * 3 for share in record.shares)
-    assert run.server_steps == 3 * 3 * 3
+    assert run.ledger.server_steps == 3 * 3 * 3
 
 
 def test_partial_participation_weighs_by_the_contributions_of_the_round(experiment, tmp_path):
@@ -103,18 +103,18 @@ def test_frozen_run_leaves_the_client_half_alone_and_asks_for_no_directions(expe
     assert run.client.tobytes() == initial.tobytes()
     assert not np.array_equal(run.server, experiment.server_weights)
     assert all(share.client_scalars == b"" for r in rounds_of(run) for share in r.shares)
-    assert (run.files.folder.name, run.rounds_closed) == ("control", 3)
+    assert (run.ledger.folder.name, run.rounds_closed) == ("control", 3)
 
 
 def test_metrics_have_one_row_a_round_and_scores_where_they_are_due(experiment, tmp_path):
     run = play(experiment, tmp_path / "run")
-    lines = (run.files.folder / "rounds.jsonl").read_text().splitlines()
+    lines = (run.ledger.folder / "rounds.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["round"] for row in rows] == [0, 1, 2]
     assert [row["contributions"] for row in rows] == [3, 3, 3]
     assert [row["accuracy"] is None for row in rows] == [True, False, False]
     assert rows[-1]["accuracy"] == run.scores.accuracy
-    with np.load(run.files.folder / "checkpoint.npz") as checkpoint:
+    with np.load(run.ledger.folder / "checkpoint.npz") as checkpoint:
         assert checkpoint["client"].tobytes() == run.client.tobytes()
         assert checkpoint["server"].tobytes() == run.server.tobytes()
         assert checkpoint["next_round"] == 3

@@ -1,0 +1,126 @@
+"""What a run leaves behind: journal, metrics, trace, checkpoint, and their counters."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server_node.actions import CloseRound, Step, Work
+from server_node.checkpoint import save_checkpoint
+from server_node.half import Scores
+from server_node.journal import (
+    JOURNAL_FILE,
+    DeviceJoined,
+    Digests,
+    Ended,
+    Header,
+    JournalWriter,
+    RoundClosed,
+)
+from server_node.recorder import Recorder, RoundMetrics, Traffic
+from server_node.trace import COMPUTE, ROUNDS, SERVER_PID, Trace
+from wire_protocol.frames import Frame
+from wire_protocol.manifest import sha256
+from wire_protocol.messages import Report
+
+TRACE_FILE = "trace.json"
+
+Vector = NDArray[np.float32]
+
+
+class Ledger:
+    """The open files of a run folder. Times are `time.monotonic`; the trace gets Unix time."""
+
+    def __init__(self, folder: Path, header: Header, devices: list[tuple[int, str]]) -> None:
+        self.folder = folder
+        self.traffic = Traffic()
+        self.server_steps = 0
+        self.busy_s = self.busy_waiting_s = 0.0
+        self._journal = JournalWriter(folder / JOURNAL_FILE, header)
+        self._recorder = Recorder(folder)
+        self._trace = Trace(folder / TRACE_FILE)
+        self._unix_offset_s = time.time() - time.monotonic()
+        self._frames = {"late": 0, "duplicate": 0, "refused": 0}
+        self._mark = (0, 0.0, 0.0)  # steps and busy times at the last round's end
+        for index, device_id in devices:
+            self.joined(index, device_id)
+
+    def joined(self, index: int, device_id: str) -> None:
+        """A device was given its index."""
+        self._journal.append(DeviceJoined(index, device_id))
+
+    def reported(self, index: int, device_id: str, report: Report) -> None:
+        """A device told what a round cost it."""
+        self.traffic.add(index, report)
+        self._recorder.device(device_id, index, report)
+        self._trace.device_round(index, device_id, report)
+
+    def arrived(self, device: int, frame: Frame, at_s: float) -> None:
+        """A frame that fits the run came in."""
+        self._trace.instant(
+            f"{frame.kind.name.lower()} arrived", at_s + self._unix_offset_s,
+            device=device, round=frame.round, first_k=frame.first_k,
+        )  # fmt: skip
+
+    def useless(self, kind: str) -> None:
+        """A frame was late, a duplicate, or refused."""
+        self._frames[kind] += 1
+
+    def worked(self, work: Work, number: int, begin_s: float, *, waiting: bool) -> None:
+        """A piece of work of round `number` was done; `waiting`: while frames were awaited."""
+        seconds = time.monotonic() - begin_s
+        self.busy_s += seconds
+        self.busy_waiting_s += seconds if waiting else 0.0
+        step = isinstance(work, Step)
+        self.server_steps += step
+        self._trace.span(
+            SERVER_PID, COMPUTE, "step" if step else "measure", begin_s + self._unix_offset_s,
+            seconds, round=number, **work._asdict(),
+        )  # fmt: skip
+
+    def committed(self, record: RoundClosed) -> None:
+        """A round was closed: before anybody is told."""
+        self._journal.append(record)
+
+    def verified(self, next_round: int, client: Vector, server: Vector) -> None:
+        """Journal both digests, force the journal to disk, and replace the checkpoint."""
+        self._journal.append(Digests(next_round, sha256(client), sha256(server)))
+        self._journal.sync()
+        save_checkpoint(self.folder, next_round, client, server)
+
+    def measured(
+        self, closed: CloseRound, closed_s: float, tau: int, scores: Scores | None
+    ) -> dict[str, Any]:
+        """Record the metrics of a round; returns the row."""
+        steps, busy_s, waiting_s = self._mark
+        traffic = self.traffic.totals()
+        metrics = RoundMetrics(
+            round=closed.round, accuracy=scores.accuracy if scores else None,
+            loss=scores.loss if scores else None, contributions=len(closed.contributions),
+            dropped=len(closed.dropped), late_frames=self._frames["late"],
+            duplicate_frames=self._frames["duplicate"], refused_frames=self._frames["refused"],
+            tau=tau, server_steps=self.server_steps - steps, seconds=closed_s - closed.opened_s,
+            server_busy_s=self.busy_s - busy_s,
+            server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
+            bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],
+        )  # fmt: skip
+        self._mark = (self.server_steps, self.busy_s, self.busy_waiting_s)
+        self._frames = dict.fromkeys(self._frames, 0)
+        self._trace.span(
+            SERVER_PID, ROUNDS, f"round {closed.round}", closed.opened_s + self._unix_offset_s,
+            closed_s - closed.opened_s,
+            dropped={str(device): why for device, why in closed.dropped.items()},
+        )  # fmt: skip
+        return self._recorder.round(metrics)
+
+    def close(self, reason: str, next_round: int, client: Vector, server: Vector) -> None:
+        """The run is over."""
+        self.verified(next_round, client, server)
+        self._journal.append(Ended(reason))
+        self._journal.close()
+        self._recorder.close()
+        self._trace.close()
