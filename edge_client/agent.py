@@ -121,6 +121,7 @@ class Agent:
         event = self._link.next_event(0.0 if self._work is not None else 0.25)
         if isinstance(event, Connected):
             self._offline_since_s = None
+            self._heard_s = time.monotonic()  # nobody could be heard meanwhile
             self._join()
         elif isinstance(event, Disconnected):
             self._lost(event)

@@ -26,7 +26,7 @@ def run_device(
     epoch = secrets.randbits(63)  # names this start of the program
     will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
-        f"{settings.fleet}-{settings.device_id}", address, will=will,
+        f"{settings.fleet}/{settings.device_id}", address, will=will,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
     )  # fmt: skip
     try:

@@ -6,6 +6,7 @@ weight must not meet; torch.func.functional_call turns the state into arguments 
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def export_graph(half: Half, input_shape: tuple[int, ...]) -> bytes:
     try:
         with _quiet():
             program = torch.onnx.export(
-                _Functional(half.module).eval(),
+                # A copy: tracing leaves its own tensors in a layer that is used twice.
+                _Functional(copy.deepcopy(half.module)).eval(),
                 (state, torch.zeros(2, *input_shape)),
                 dynamo=True,
                 verbose=False,

@@ -48,7 +48,7 @@ class ModelSection(_Section, frozen=True):
 
     name: str = "mlp:64-32-32-10"
     cut: str = "fc1"
-    input_shape: list[AtLeast1] = []
+    input_shape: Annotated[list[AtLeast1], Meta(max_length=5)] = []
 
 
 class DataSection(_Section, frozen=True):
@@ -206,7 +206,7 @@ def _check(config: Config, path: Path) -> None:
     except InputError as error:
         raise ConfigError(f"{path}: {error}") from error
     count, drawn = config.devices.count, config.participants
-    commit_bytes = drawn * (4 * config.method.directions_client + _ENTRY_BYTES)
+    commit_bytes = (drawn + 16) * _ENTRY_BYTES + drawn * 4 * config.method.directions_client
     problems = {
         f"devices.participants: {drawn} devices with {config.method.directions_client} directions "
         f"make a commit of {commit_bytes} bytes, above {MAX_CONTROL_BYTES}; use fewer": (

@@ -40,6 +40,8 @@ LAST_REPORTS_S: Final = 5.0
 # A lost broker must come back within this time.
 OFFLINE_S: Final = 300.0
 _POLL_S: Final = 0.05
+# Longest sleep without an event while a round is open.
+_IDLE_S: Final = 1.0
 # Snapshots kept for devices that are fetching them, beside the bundle's three blobs.
 _SNAPSHOTS_KEPT: Final = 4
 
@@ -89,7 +91,7 @@ class Node:
             run.start([m.index or 0 for m in self._fleet.numbered() if m.ready])
             while run.finished is None:
                 worked = run.work()
-                self._turn(0.0 if worked else _POLL_S)
+                self._turn(0.0 if worked else run.idle_s(_IDLE_S))
             reason = run.finished.outcome.value
             _raise_unless_complete(run.finished)
         finally:
@@ -285,9 +287,14 @@ class Node:
             self._run.left(member.index)
 
     def _ready(self, member: Member, ready: Ready) -> None:
-        if self._run is not None and ready.run == self._run.header.run and member.index is not None:
-            member.ready = True
-            self._run.ready(member.index, ready.next_round)
+        run = self._run
+        if run is None or member.index is None:
+            return
+        if ready.run != run.header.run:  # it missed the end of that run
+            self._welcome(member)
+            return
+        member.ready = True
+        run.ready(member.index, ready.next_round)
 
     def _report(self, member: Member, report: Report) -> None:
         run = self._run

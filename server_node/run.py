@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,8 @@ from wire_protocol.manifest import Manifest, sha256
 from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, encode
 
 Vector = NDArray[np.float32]
+
+_MIN_IDLE_S: Final = 0.001
 
 
 class Outbox(Protocol):
@@ -146,6 +148,12 @@ class Run:
         """Let time pass."""
         if self._coordinator is not None:
             self._perform(self._coordinator.tick(time.monotonic()))
+
+    def idle_s(self, at_most_s: float) -> float:
+        """How long nothing happens unless a message comes: until the next `tick` is due."""
+        wake_s = self._coordinator.wake_s() if self._coordinator is not None else None
+        due_s = at_most_s if wake_s is None else wake_s - time.monotonic()
+        return min(at_most_s, max(_MIN_IDLE_S, due_s))
 
     # -- work --------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def serve(
          "parameters_server": experiment.exported.server_parameters}
     )  # fmt: skip
     link = Link(
-        f"musplit-server-{config.run.fleet}", address,
+        f"{config.run.fleet}//server", address,
         subscriptions=Topics(config.run.fleet).all_uplinks,
     )  # fmt: skip
     link.open(connect_s)
