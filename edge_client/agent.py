@@ -36,6 +36,7 @@ from wire_protocol.messages import (
     Ready,
     Refused,
     Round,
+    Scalars,
     Snapshot,
     UpMessage,
     Welcome,
@@ -49,6 +50,8 @@ from wire_protocol.topics import PROTOCOL_VERSION, Topics
 REPEAT_S: Final = 5.0
 # Weights are saved at most this often: SD cards wear out.
 SAVE_EVERY_S: Final = 5.0
+# How long what was asked for may be under way before a gap makes the agent ask again.
+GAP_S: Final = 1.0
 
 
 class AgentSettings(NamedTuple):
@@ -95,6 +98,9 @@ class Agent:
         self._bundle_bytes = (0, 0)
         now_s = time.monotonic()
         self._heard_s = self._repeated_s = self._saved_s = self._fetched_s = now_s
+        self._advanced_s = 0.0  # when `ready` was said, or a commit came
+        self._mismatch_round: int | None = None
+        self._acknowledged_round: int | None = None
         self._offline_since_s: float | None = None
         self._finished: End | None = None
 
@@ -152,7 +158,7 @@ class Agent:
                 self._take_chunk(message)
             case End() if self._welcome is not None and message.run == self._welcome.run:
                 self._end(message)
-            case Round() | Commit() | Snapshot() if self._trainer is not None:
+            case Round() | Commit() | Snapshot() | Scalars() if self._trainer is not None:
                 if message.run == self._trainer.welcome.run:
                     self._train(message, self._trainer)
             case _:
@@ -242,20 +248,26 @@ class Agent:
 
     # -- training ----------------------------------------------------------------------------
 
-    def _train(self, message: Round | Commit | Snapshot, trainer: Trainer) -> None:
+    def _train(self, message: Round | Commit | Snapshot | Scalars, trainer: Trainer) -> None:
         match message:
             case _ if self._snapshot is not None:
                 pass  # the fetch under way comes first; what it leaves missing is asked for after
-            case Snapshot() if message.next_round > trainer.next_round:
+            case Snapshot() if (
+                message.next_round > trainer.next_round
+                and message.size_bytes == trainer.theta.nbytes
+            ):
                 self._snapshot = message
                 self._request(BlobFetch(message.sha256, message.size_bytes))
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
-            case Round() if message.round == trainer.next_round:
+            case Scalars() if message.round == trainer.next_round:
+                self._acknowledged_round, self._sent = message.round, []
+            case Round() if message.round == trainer.next_round != self._acknowledged_round:
                 if trainer.welcome.device in message.participants:
                     self._take_part(trainer)
             case Round() | Commit() if message.round > trainer.next_round:
-                self._ready()
+                if time.monotonic() - self._advanced_s > GAP_S:
+                    self._ready()
             case _:
                 pass
 
@@ -285,7 +297,14 @@ class Agent:
         self._work, self._sent = None, []
         replay_s = trainer.apply(commit)
         self._report(commit.round, replay_s, trainer)
+        self._advanced_s = time.monotonic()
         if trainer.next_round == 0:
+            if self._mismatch_round == commit.round:
+                raise RefusedError(
+                    f"this machine computes other weights than the server's in round {commit.round}"
+                    ", twice: its float arithmetic is not IEEE-754, or its memory is faulty"
+                )
+            self._mismatch_round = commit.round
             self._say(f"weights differ from the server's after round {commit.round}: starting over")
             self._ready()
         self._save()
@@ -301,6 +320,7 @@ class Agent:
         """Nothing of this run counts for the next one, its bytes included."""
         self._welcome = self._trainer = self._work = self._fetch = self._snapshot = None
         self._sent = []
+        self._acknowledged_round = self._mismatch_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
         self._bundle_bytes = (0, 0)
 
@@ -345,6 +365,7 @@ class Agent:
 
     def _ready(self) -> None:
         if self._trainer is not None:
+            self._advanced_s = time.monotonic()
             self._send(Ready(self._trainer.welcome.run, self._epoch, self._trainer.next_round))
 
     def _report(self, round_number: int, replay_s: float, trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from edge_client.agent import Agent, AgentSettings
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
-from wire_protocol.messages import Leave, encode
+from wire_protocol.messages import MAX_CONTROL_BYTES, Leave, encode
 from wire_protocol.mqtt import Address, Link, Will
 from wire_protocol.topics import Topics, check_name
 
@@ -26,8 +26,9 @@ def run_device(
     epoch = secrets.randbits(63)  # names this start of the program
     will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
-        f"{settings.fleet}/{settings.device_id}", address, will=will,
+        f"{settings.fleet}/{settings.device_id}", address,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
+        will=will, max_payload_bytes=MAX_CONTROL_BYTES,
     )  # fmt: skip
     try:
         link.open(connect_s)

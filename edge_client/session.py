@@ -6,6 +6,8 @@ without a copy. Spinning is off: on a waiting board it only burns energy.
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -24,7 +26,6 @@ class ClientSession:
         manifest = bundle.manifest
         self._store = np.frombuffer(bytearray(bundle.weights), np.uint8)
         self.parameters: NDArray[np.float32] = self._store[: manifest.parameters * 4].view("<f4")
-        self._batch = batch
         self._input = np.empty((batch, *manifest.input.shape), np.float32)
         self._output = np.empty((batch, *manifest.activation.shape), np.float32)
         options = ort.SessionOptions()
@@ -33,9 +34,7 @@ class ClientSession:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session = ort.InferenceSession(
-                bundle.graph, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = _open_session(bundle.graph, options)
             self._binding = self._session.io_binding()
             for tensor in manifest.tensors:
                 begin = tensor.offset_bytes
@@ -67,6 +66,10 @@ class ClientSession:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def runtime_version() -> str:
-    """Version of ONNX Runtime, for reports."""
-    return str(ort.__version__)
+def _open_session(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    # A graph may name files to take weights from: it gets an empty folder, not the board's.
+    with tempfile.TemporaryDirectory() as nowhere:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", nowhere
+        )
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import IO, Final, NamedTuple
@@ -32,6 +33,7 @@ from wire_protocol.manifest import (
 _MAGIC: Final = b"MUSD\x01\0\0\0"
 _FIELDS: Final = struct.Struct("<QQ")
 _DIGEST_BYTES: Final = 32
+_BUNDLES_KEPT: Final = 3
 
 
 class SavedWeights(NamedTuple):
@@ -107,6 +109,9 @@ class StateStore:
         self._replace(folder / GRAPH_FILE, graph)
         self._replace(folder / WEIGHTS_FILE, weights)
         self._replace(folder / MANIFEST_FILE, manifest)
+        kept = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in kept[:-_BUNDLES_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _replace(self, path: Path, data: bytes) -> None:
         temporary = path.with_suffix(".new")

@@ -66,9 +66,8 @@ def run_broker(address: Address, say: Callable[[str], None]) -> int:
         configuration.write_text(mosquitto_configuration(address), encoding="utf-8")
         log = Path(folder) / "mosquitto.log"
         process = group.start([mosquitto, "-c", str(configuration)], log)
-        wait_for_broker(address, _START_S, lambda: process.poll() is None)
-        if process.poll() is not None:
-            raise ListenError(f"mosquitto ended at once: {last_line(log)}")
+        if not wait_for_broker(address, _START_S, lambda: process.poll() is None):
+            raise ListenError(f"mosquitto does not listen on {address}: {last_line(log)}")
         say(f"mosquitto (MQTT 5) listening on {address}")
         while process.poll() is None:
             time.sleep(_POLL_S)

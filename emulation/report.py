@@ -134,7 +134,8 @@ class ProgressView:
             self._say(f"{self._phase} round {event['round'] + 1}/{self._config.run.rounds}: {info}")
 
     def _say(self, text: str) -> None:
-        self._progress.console.print(text, soft_wrap=True)
+        # Texts of devices are shown, never interpreted.
+        self._progress.console.print(printable(text), soft_wrap=True, markup=False)
 
 
 def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
@@ -167,6 +168,11 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
         f"seed {summary['seed']}\nrun folder: {folder}   (check it: musplit replay {folder})",
         soft_wrap=True,
     )
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _percent(value: float | None) -> str:

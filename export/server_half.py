@@ -21,7 +21,6 @@ from export.errors import HalfError
 from wire_protocol.errors import InputError
 from wire_protocol.manifest import MANIFEST_FILE, WEIGHTS_FILE, Blob, check_blob, sha256
 
-FORMAT: Final = "musplit-server-half/1"
 MODEL_FILE: Final = "model.py"
 
 

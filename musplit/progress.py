@@ -36,6 +36,7 @@ def _text(event: dict[str, Any]) -> None:
             print(json.dumps({k: v for k, v in event.items() if k != "event"}, indent=2))
         case "joined" | "left" | "refused-message" | "refused-device" | "broker-lost" as name:
             detail = event.get("reason") or event.get("why") or ""
-            say(f"{name} {event.get('device', '')} {detail}".rstrip())
+            line = f"{name} {event.get('device', '')} {detail}".rstrip()
+            say("".join(c if c.isprintable() else "?" for c in line))  # a device's own words
         case _:
             pass

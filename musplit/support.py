@@ -43,11 +43,13 @@ def guarded() -> Iterator[None]:
         if extra is None:
             raise
         fail(f"this command needs {error.name}: pip install 'musplit[{extra}]'", 3)
-    except KeyboardInterrupt:
-        fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(INTERRUPTED)
+    except OSError as error:  # a folder that is a file, a full disk, no permission
+        fail(f"{error.filename or 'file'}: {error.strerror or error}", 3)
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
 
 
 def say(text: str) -> None:

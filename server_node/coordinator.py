@@ -194,11 +194,6 @@ class Coordinator:
         """True while a participant has not delivered all its frames."""
         return any(not self._delivered(share) for _, share in self._live())
 
-    def in_round(self, device: int) -> bool:
-        """True while frames of this device for the open round are of use."""
-        share = self._shares.get(device)
-        return share is not None and not share.dropped
-
     # -- inside ------------------------------------------------------------------------------
 
     def _awaited(self, device: int, round_number: int) -> _Share | Ignore:

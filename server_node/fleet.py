@@ -12,6 +12,8 @@ from typing import Final
 from wire_protocol.messages import Join
 
 _NO_SHARD: Final = 1 << 33
+# Ids beyond the configured count that may join later, as a factor: a bound on invented ones.
+_CROWD: Final = 4
 
 
 @dataclass
@@ -30,10 +32,16 @@ class Fleet:
     def __init__(self, count: int) -> None:
         self._count = count
         self._members: dict[str, Member] = {}
+        self._numbered: list[Member] = []  # by index
         self._open_lobby = True
 
     def join(self, device_id: str, join: Join) -> list[Member]:
-        """Take note of a join; returns the members that have just received an index."""
+        """Take note of a join; returns the members that have just received an index.
+
+        A newcomer to a full fleet is not taken: it is no member afterwards.
+        """
+        if device_id not in self._members and len(self._members) >= _CROWD * self._count:
+            return []
         member = self._members.setdefault(device_id, Member(device_id, join))
         member.join = join
         member.ready = False
@@ -43,10 +51,10 @@ class Fleet:
         if self._open_lobby and len(waiting) < self._count:
             return []
         self._open_lobby = False
-        first = sum(m.index is not None for m in self._members.values())
         waiting.sort(key=lambda m: (_shard_order(m.join), m.device_id))
-        for index, newcomer in enumerate(waiting, first):
-            newcomer.index = index
+        for newcomer in waiting:
+            newcomer.index = len(self._numbered)
+            self._numbered.append(newcomer)
         return waiting
 
     def leave(self, device_id: str, epoch: int) -> Member | None:
@@ -65,8 +73,7 @@ class Fleet:
 
     def numbered(self) -> list[Member]:
         """Members with an index, in its order."""
-        members = [m for m in self._members.values() if m.index is not None]
-        return sorted(members, key=lambda m: m.index or 0)
+        return self._numbered
 
     def new_run(self) -> None:
         """Everybody has to become ready again."""

@@ -44,6 +44,7 @@ class Ledger:
         self._recorder = Recorder(folder)
         self._trace = Trace(folder / TRACE_FILE)
         self._unix_offset_s = time.time() - time.monotonic()
+        self._reported: dict[int, tuple[int, int]] = {}  # epoch and round of the last report
         self._frames = {"late": 0, "duplicate": 0, "refused": 0}
         self._mark = (0, 0.0, 0.0)  # steps and busy times at the last round's end
         for index, device_id in devices:
@@ -54,7 +55,11 @@ class Ledger:
         self._journal.append(DeviceJoined(index, device_id))
 
     def reported(self, index: int, device_id: str, report: Report) -> None:
-        """A device told what a round cost it."""
+        """A device told what a round cost it; only the first report of each round counts."""
+        epoch, last = self._reported.get(index, (report.epoch, -1))
+        if epoch == report.epoch and report.round <= last:
+            return
+        self._reported[index] = report.epoch, report.round
         self.traffic.add(index, report)
         self._recorder.device(device_id, index, report)
         self._trace.device_round(index, device_id, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,7 +13,7 @@ from server_node.fleet import Fleet, Member
 from server_node.prepare import Experiment, open_run
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
-from wire_protocol.errors import ProtocolError, TransportError
+from wire_protocol.errors import ProtocolError, QueueFullError, TransportError
 from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.manifest import sha256
 from wire_protocol.messages import (
@@ -32,7 +33,7 @@ from wire_protocol.messages import (
     decode_up,
     encode,
 )
-from wire_protocol.mqtt import Connected, Disconnected, LinkLike, Received
+from wire_protocol.mqtt import Connected, Disconnected, LinkEvent, LinkLike, Received
 from wire_protocol.topics import PROTOCOL_VERSION, Topics
 
 # How long the end of a run waits for the devices' last reports.
@@ -44,6 +45,11 @@ _POLL_S: Final = 0.05
 _IDLE_S: Final = 1.0
 # Snapshots kept for devices that are fetching them, beside the bundle's three blobs.
 _SNAPSHOTS_KEPT: Final = 4
+_EVENTS_A_TURN: Final = 64
+# Messages that the broker has not acknowledged, above which no chunks are served.
+_BACKLOG: Final = 256
+# Refusals told a second: a flood must not fill the log too.
+_REFUSALS_SAID: Final = 100
 
 
 class Node:
@@ -58,6 +64,8 @@ class Node:
         self._bundle = {sha256(blob): blob for blob in experiment.blobs}
         self._snapshots: dict[str, bytes] = {}
         self._run: Run | None = None
+        self._fetches: dict[str, Fetch] = {}  # the latest of each device
+        self._refusals_said = (0.0, 0)  # the second, and how many in it
         self._ending = False
         self._final_reports: set[int] = set()
         self._offline_since_s: float | None = None
@@ -121,58 +129,81 @@ class Node:
         self.broadcast(End(run.header.run, final, reason))
         self._ending = True
         self._final_reports.clear()
-        present = {m.index for m in self._fleet.numbered() if m.ready}
         deadline_s = time.monotonic() + LAST_REPORTS_S
-        while not present <= self._final_reports and time.monotonic() < deadline_s:
-            if self._offline_since_s is not None:
-                break
-            self._turn(_POLL_S)
-        self._run, self._ending = None, False
-        run.close(reason)
+        try:
+            while self._reports_missing() and time.monotonic() < deadline_s:
+                self._turn(_POLL_S)
+        except TransportError as error:
+            self._notify({"event": "broker-lost", "reason": str(error)})
+        finally:
+            self._run, self._ending = None, False
+            run.close(reason)
+
+    def _reports_missing(self) -> bool:
+        present = {m.index for m in self._fleet.numbered() if m.ready}
+        return self._offline_since_s is None and not present <= self._final_reports
 
     # -- the outbox of a run -----------------------------------------------------------------
 
     def broadcast(self, message: DownMessage) -> None:
         """To every device."""
-        self._link.publish(self._topics.broadcast, encode(message))
+        self._publish(self._topics.broadcast, message)
 
     def send(self, device: int, message: DownMessage) -> None:
         """To one device, by index."""
-        for member in self._fleet.numbered():
-            if member.index == device:
-                self._down(member.device_id, message)
+        self._down(self._fleet.numbered()[device].device_id, message)
 
     def offer_blob(self, data: bytes) -> str:
         """Make a blob fetchable; returns its digest."""
         digest = sha256(data)
+        self._snapshots.pop(digest, None)
         self._snapshots[digest] = data
         while len(self._snapshots) > _SNAPSHOTS_KEPT:
             del self._snapshots[next(iter(self._snapshots))]
         return digest
 
     def _down(self, device_id: str, message: DownMessage) -> None:
-        self._link.publish(self._topics.down(device_id), encode(message))
+        self._publish(self._topics.down(device_id), message)
+
+    def _publish(self, topic: str, message: DownMessage) -> None:
+        # What does not fit into the queue is lost, as on any broker: devices ask again.
+        with contextlib.suppress(QueueFullError):
+            self._link.publish(topic, encode(message))
 
     # -- events ------------------------------------------------------------------------------
 
     def _turn(self, timeout_s: float) -> None:
         """Take the events that are here, waiting at most `timeout_s` for the first; keep time."""
-        event = self._link.next_event(timeout_s)
+        event = self._link.next_event(_POLL_S if self._fetches else timeout_s)
+        taken = 0
         while event is not None:
-            match event:
-                case Received():
-                    self._receive(event)
-                case Connected():
-                    self._offline_since_s = None
-                    self.broadcast(Hello())
-                case Disconnected():
-                    self._lost(event)
-            event = self._link.next_event(0.0)
+            self._take(event)
+            taken += 1
+            # A flood must leave time for the work in between.
+            event = self._link.next_event(0.0) if taken < _EVENTS_A_TURN else None
+        self._feed()
         if self._run is not None:
             self._run.tick()
         offline = self._offline_since_s
         if offline is not None and time.monotonic() - offline > OFFLINE_S:
             raise TransportError(f"broker lost for {OFFLINE_S:.0f} s; the journal holds the run")
+
+    def _take(self, event: LinkEvent) -> None:
+        match event:
+            case Received():
+                self._receive(event)
+            case Connected():
+                self._connected()
+            case Disconnected():
+                self._lost(event)
+
+    def _connected(self) -> None:
+        """(Re)connected: last wills may have been lost, so only who answers is here."""
+        self._offline_since_s = None
+        if self._run is not None:
+            for member in self._fleet.numbered():
+                self._run.left(member.index or 0)
+        self.broadcast(Hello())
 
     def _lost(self, event: Disconnected) -> None:
         if event.fatal:
@@ -193,9 +224,7 @@ class Node:
         except ProtocolError as error:
             if self._run is not None:
                 self._run.ledger.useless("refused")
-            self._notify(
-                {"event": "refused-message", "device": uplink.device_id, "why": str(error)}
-            )
+            self._say_refused("refused-message", uplink.device_id, str(error))
             return
         if isinstance(message, Frame):
             self._frame(member, message)
@@ -212,15 +241,24 @@ class Node:
             run.frame(member.index, frame)
         except FrameFaultError as error:
             run.ledger.useless("refused")
-            self._notify({"event": "refused-device", "device": member.device_id, "why": str(error)})
+            self._say_refused("refused-device", member.device_id, str(error))
             self._down(member.device_id, Refused(member.join.epoch, str(error)))
+
+    def _say_refused(self, event: str, device_id: str, why: str) -> None:
+        second, said = self._refusals_said
+        now_s = time.monotonic()
+        if now_s - second >= 1.0:
+            second, said = now_s, 0
+        if said < _REFUSALS_SAID:
+            self._notify({"event": event, "device": device_id, "why": why})
+        self._refusals_said = (second, said + 1)
 
     def _control(self, device_id: str, member: Member | None, message: UpMessage) -> None:
         match message:
             case Join():
                 self._join(device_id, message)
-            case Fetch():
-                self._serve_chunks(device_id, message)
+            case Fetch() if member is not None:
+                self._fetches[device_id] = message
             case Leave():
                 self._leave(device_id, message)
             case Ready() if member is not None and message.epoch == member.join.epoch:
@@ -246,6 +284,10 @@ class Node:
                 }
             )
         numbered = self._fleet.join(device_id, join)
+        if self._fleet.member(device_id) is None:
+            why = f"the fleet is full ({len(self._fleet.numbered())} devices)"
+            self._down(device_id, Refused(join.epoch, why))
+            return
         if self._run is not None:
             for newcomer in numbered:
                 self._run.ledger.joined(newcomer.index or 0, newcomer.device_id)
@@ -269,14 +311,21 @@ class Node:
             ),
         )  # fmt: skip
 
-    def _serve_chunks(self, device_id: str, fetch: Fetch) -> None:
-        blob = self._bundle.get(fetch.digest) or self._snapshots.get(fetch.digest)
-        if blob is None:
-            return
-        last = min(fetch.first + fetch.count, -(-len(blob) // CHUNK_BYTES))
-        for index in range(fetch.first, last):
-            begin = index * CHUNK_BYTES
-            self._down(device_id, Chunk(fetch.digest, index, blob[begin : begin + CHUNK_BYTES]))
+    def _feed(self) -> None:
+        """Serve the blobs that devices asked for, as fast as the broker takes them."""
+        while self._fetches and self._link.backlog < _BACKLOG:
+            device_id = next(iter(self._fetches))
+            fetch = self._fetches.pop(device_id)
+            blob = self._bundle.get(fetch.digest) or self._snapshots.get(fetch.digest)
+            if blob is None:
+                continue
+            if fetch.digest in self._snapshots:  # in use: not the next to go
+                self._snapshots[fetch.digest] = self._snapshots.pop(fetch.digest)
+            last = min(fetch.first + fetch.count, -(-len(blob) // CHUNK_BYTES))
+            for index in range(fetch.first, last):
+                begin = index * CHUNK_BYTES
+                data = blob[begin : begin + CHUNK_BYTES]
+                self._down(device_id, Chunk(fetch.digest, index, data))
 
     def _leave(self, device_id: str, leave: Leave) -> None:
         member = self._fleet.leave(device_id, leave.epoch)
@@ -299,6 +348,8 @@ class Node:
     def _report(self, member: Member, report: Report) -> None:
         run = self._run
         if run is None or member.index is None or report.run != run.header.run:
+            return
+        if report.round > run.rounds_closed:
             return
         run.ledger.reported(member.index, member.device_id, report)
         if self._ending and report.round >= run.rounds_closed:

@@ -28,6 +28,7 @@ from server_node.run import Outbox, Run
 from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.toml"
+CONTROL_FOLDER = "control"
 _VERSIONED = ("musplit", "torch", "numpy", "onnxruntime", "onnx", "paho-mqtt", "msgspec")
 
 
@@ -51,7 +52,7 @@ class Experiment(NamedTuple):
 
 def prepare(config: Config, folder: Path) -> Experiment:
     """Make the run folder: configuration as run, client and server halves. Raises InputErrors."""
-    if (folder / JOURNAL_FILE).exists():
+    if any((place / JOURNAL_FILE).exists() for place in (folder, folder / CONTROL_FOLDER)):
         raise ConfigError(f"{folder}: holds a run already; give another --out, or remove it")
     if config.server.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("server.device: no CUDA device here; use --set server.device=cpu")
@@ -88,7 +89,7 @@ def open_run(
     if frozen:
         method = msgspec.structs.replace(config.method, eta_c=0.0)
         config = msgspec.structs.replace(config, method=method)
-        folder = folder / "control"
+        folder = folder / CONTROL_FOLDER
         folder.mkdir(exist_ok=True)
     header = Header(
         run=secrets.randbits(63), run_seed=config.run.seed, lam=config.method.lam,

@@ -41,6 +41,8 @@ from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot
 Vector = NDArray[np.float32]
 
 _MIN_IDLE_S: Final = 0.001
+# Commits sent for one `ready`: the next round makes a device that still misses some ask again.
+_CATCH_UP_COMMITS: Final = 256
 
 
 class Outbox(Protocol):
@@ -116,7 +118,7 @@ class Run:
                 device, Snapshot(self.header.run, len(self._commits), digest, self.client.nbytes)
             )
         else:
-            for commit in self._commits[next_round:]:
+            for commit in self._commits[next_round : next_round + _CATCH_UP_COMMITS]:
                 self._outbox.send(device, commit)
         self._perform(self._coordinator.joined(device, time.monotonic()))
 
@@ -211,6 +213,10 @@ class Run:
             self._settle(closed, closed_s)
 
     def _open(self, opened: OpenRound) -> None:
+        # Also when a round that lost everybody is opened again: nothing of it counts.
+        self._batches.clear()
+        self._differences.clear()
+        self._stepped.clear()
         factor = step_factor(self.config.method.schedule, opened.round, self.config.run.rounds)
         self._half.start_round(opened.round, self.config.method.eta_s * factor)
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
@@ -233,9 +239,6 @@ class Run:
         apply_client(self.client, self.header, record, self._generator)
         apply_server(self.server, self.header, record, self._generator)
         self._half.load(self.server)
-        self._batches.clear()
-        self._differences.clear()
-        self._stepped.clear()
         self.rounds_closed += 1
         self.contributions += len(closed.contributions)
         digest = sha256(self.client) if self._due(closed.round) else ""

@@ -12,7 +12,7 @@ from server_node.errors import DivergedError
 from server_node.node import Node
 from server_node.partition import shard_name
 from server_node.plot import plot_run
-from server_node.prepare import prepare
+from server_node.prepare import Experiment, prepare
 from server_node.summary import RunResult, summarise, write_summary
 from wire_protocol.errors import StalledError, TransportError
 from wire_protocol.mqtt import Address, Link
@@ -46,12 +46,13 @@ def serve(
         node = Node(experiment, link, notify)
         node.gather()
         main = _run(node, frozen=False, final=not config.evaluation.control)
-        control = _control(node) if config.evaluation.control else "evaluation.control is off"
+        planned = config.evaluation.control
+        reason = "the control run was cut short" if planned else "evaluation.control is off"
+        summary = _sum_up(experiment, main, reason, link)
+        if planned:  # whatever becomes of it, the run above is on disk
+            summary = _sum_up(experiment, main, _control(node), link)
     finally:
         link.close()
-    summary = summarise(experiment, main, control, f"MQTT {link.protocol}")
-    write_summary(folder, summary)
-    plot_run(folder, f"{config.data.source}, {config.model.name}, tau {config.method.tau}")
     notify({"event": "summary", **summary})
     return summary
 
@@ -60,6 +61,17 @@ def device_command(config: Config, address: Address) -> str:
     """What to paste on the first device."""
     fleet = "" if config.run.fleet == "lab" else f" --fleet {config.run.fleet}"
     return f"musplit device --id device-000 --broker {address}{fleet} --data {shard_name(0)}"
+
+
+def _sum_up(
+    experiment: Experiment, main: RunResult, control: RunResult | str, link: Link
+) -> dict[str, Any]:
+    """Write summary.json and the plot."""
+    config, folder = experiment.config, experiment.folder
+    summary = summarise(experiment, main, control, f"MQTT {link.protocol}")
+    write_summary(folder, summary)
+    plot_run(folder, f"{config.data.source}, {config.model.name}, tau {config.method.tau}")
+    return summary
 
 
 def _control(node: Node) -> RunResult | str:

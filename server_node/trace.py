@@ -1,7 +1,8 @@
 """Who did what when, as a Chrome trace (the "JSON Array Format" of the Trace Event Format).
 
 Opens in Perfetto or chrome://tracing. Times are wall-clock microseconds; devices report their own.
-The file is a valid trace at any moment: viewers accept an array without its closing bracket.
+The file is a valid trace at any moment: viewers accept an array without its closing bracket. It
+stops growing after MAX_EVENTS.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, Final
 
 from wire_protocol.messages import Report
 
+# About 25 MB, which viewers still open with ease.
+MAX_EVENTS: Final = 200_000
 SERVER_PID: Final = 1
 DEVICES_PID: Final = 2
 COMPUTE: Final = 1
@@ -23,7 +26,8 @@ class Trace:
     """Appends events; `close` completes the JSON array."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._file = path.open("w", encoding="utf-8", buffering=1)  # flushed with every event
+        self._left = MAX_EVENTS
         self._file.write("[")
         self._separator = "\n"
         self._named: set[int] = set()
@@ -72,5 +76,8 @@ class Trace:
         self._event({"ph": "M", "pid": pid, "tid": tid, "name": kind, "args": {"name": name}})
 
     def _event(self, event: dict[str, Any]) -> None:
+        if not self._left:
+            return
+        self._left -= 1
         self._file.write(self._separator + json.dumps(event, separators=(",", ":")))
         self._separator = ",\n"

@@ -223,7 +223,6 @@ def test_frames_of_a_device_that_was_not_drawn_are_not_asked():
     desk = Desk(participants=2)
     (opened,) = desk.start()
     (resting,) = {0, 1, 2} - set(opened.participants)
-    assert not desk.machine.in_round(resting)
     assert desk.activation(resting) == [Ignore(resting, "not asked")]
     desk.deliver(*opened.participants)
     desk.compute_all()
@@ -241,7 +240,6 @@ def test_a_value_that_is_not_finite_drops_the_device_from_this_round_only(desk, 
         assert desk.compute(piece) == []
     assert desk.compute(work, poison) == []
     assert desk.machine.next_work() is None
-    assert not desk.machine.in_round(1)
     assert desk.activation(1) == [Ignore(1, "late")]
     desk.deliver(0, 2)
     assert desk.compute_all()[-2:] == [

@@ -3,6 +3,7 @@
 MusplitError                 exit code 1
 |- InputError                3  a file, field or value handed in is wrong
 |- TransportError            4  the broker cannot be reached, or was lost for too long
+|  |- QueueFullError         more messages wait for the broker than the link holds
 |- RefusedError              5  the other side said no, with its reason
 |- StalledError              6  nothing happened within a documented bound
 |- ProtocolError             3  bytes from the network are not what the protocol allows
@@ -33,6 +34,10 @@ class TransportError(MusplitError):
     """The broker cannot be reached, refuses the connection, or was lost for too long."""
 
     exit_code = 4
+
+
+class QueueFullError(TransportError):
+    """The broker takes messages too slowly: this one was not queued."""
 
 
 class RefusedError(MusplitError):

@@ -18,13 +18,11 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from wire_protocol.errors import InputError
-from wire_protocol.messages import Digest
+from wire_protocol.messages import MAX_MANIFEST_BYTES, Digest
 
-FORMAT: Final = "musplit-bundle/1"
 MANIFEST_FILE: Final = "manifest.json"
 GRAPH_FILE: Final = "client.onnx"
 WEIGHTS_FILE: Final = "weights.bin"
-MAX_MANIFEST_BYTES: Final = 16 << 20
 MAX_BLOB_BYTES: Final = 4 << 30
 
 Count = Annotated[int, Meta(ge=0)]
@@ -39,7 +37,7 @@ class Blob(_Strict, frozen=True):
     """A file of the bundle."""
 
     sha256: Digest
-    size_bytes: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_BLOB_BYTES)]
 
 
 class TensorSpec(_Strict, frozen=True):

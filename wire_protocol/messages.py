@@ -20,6 +20,7 @@ MAGIC: Final = b"MUSC"
 MAX_CONTROL_BYTES: Final = 1 << 20
 # Below every broker's default packet limit (see docs/wire-protocol.md).
 CHUNK_BYTES: Final = 32 << 10
+MAX_MANIFEST_BYTES: Final = 16 << 20
 _ENVELOPE: Final = struct.Struct("<4sI")
 _Union = TypeVar("_Union")
 
@@ -29,6 +30,7 @@ U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(max_length=400)]
 Seconds = Annotated[float, Meta(ge=0, le=1e10)]  # durations, and Unix time
+StepSize = Annotated[float, Meta(ge=0, le=1e30)]
 Chunk32K = Annotated[bytes, Meta(max_length=CHUNK_BYTES)]
 
 
@@ -107,11 +109,11 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     epoch: U63  # the device's session this answers
     device: U32
     manifest_sha256: Digest
-    manifest_bytes: U32
+    manifest_bytes: Annotated[int, Meta(ge=1, le=MAX_MANIFEST_BYTES)]
     directions_sha256: Digest
-    lam: Annotated[float, Meta(gt=0)]
-    batch: Annotated[int, Meta(ge=1, lt=1 << 20)]
-    directions: U32  # K; 0 in a frozen-client control run
+    lam: Annotated[float, Meta(ge=1e-9, le=1e3)]
+    batch: Annotated[int, Meta(ge=1, le=1_000_000)]
+    directions: Annotated[int, Meta(ge=0, le=1_000_000)]  # K; 0 in a frozen-client control run
     rounds: U32
 
 
@@ -154,7 +156,7 @@ class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One device's share of a commit."""
 
     device: U32
-    weight: float
+    weight: Annotated[float, Meta(ge=0, le=1)]
     scalars: bytes  # K float32, little-endian: L(h+) - L(h-) per direction
 
     def __post_init__(self) -> None:
@@ -167,8 +169,8 @@ class Commit(_Message, frozen=True, tag="commit"):
 
     run: U63
     round: U32
-    eta_c: float
-    eta_g: float
+    eta_c: StepSize
+    eta_g: StepSize
     entries: list[Entry]  # ascending device index
     client_sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""  # after this commit
 

@@ -12,19 +12,21 @@ import queue
 import socket
 import time
 from collections.abc import Sequence
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Final, NamedTuple, Protocol
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from wire_protocol.errors import TransportError
+from wire_protocol.errors import QueueFullError, TransportError
+from wire_protocol.frames import MAX_FRAME_BYTES
 
 DEFAULT_PORT: Final = 1883
 _KEEPALIVE_S: Final = 15
 _QOS: Final = 1
 _EVENTS_QUEUED: Final = 512
+_BYTES_QUEUED: Final = 256 << 20
 _MESSAGES_QUEUED: Final = 4096
 _MESSAGES_IN_FLIGHT: Final = 64
 _RECONNECT_MAX_S: Final = 8
@@ -85,6 +87,11 @@ class LinkLike(Protocol):
         """Bytes read from the stream so far."""
         ...
 
+    @property
+    def backlog(self) -> int:
+        """Messages that the broker has not acknowledged."""
+        ...
+
     def publish(self, topic: str, payload: bytes) -> None:
         """Queue a message."""
         ...
@@ -133,6 +140,7 @@ class Link:
         *,
         subscriptions: Sequence[str],
         will: Will | None = None,
+        max_payload_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         self.address = address
         self.protocol = ""
@@ -140,7 +148,10 @@ class Link:
         self._client_id = client_id
         self._subscriptions = [(topic, _QOS) for topic in subscriptions]
         self._will = will
+        self._max_payload_bytes = max_payload_bytes
         self._events: queue.Queue[LinkEvent] = queue.Queue(_EVENTS_QUEUED)
+        self._queued_bytes = 0
+        self._queued_lock = Lock()
         self._answered = Event()
         self._refusal = ""
         self._connected_s = 0.0
@@ -158,6 +169,11 @@ class Link:
     def bytes_down(self) -> int:
         """Bytes read from the TCP stream since the link was made, reconnects included."""
         return self._earlier_down + self._client.bytes_down
+
+    @property
+    def backlog(self) -> int:
+        """Messages that the broker has not acknowledged."""
+        return self._client.unsent_messages
 
     def open(self, timeout_s: float) -> None:
         """Connect and subscribe; retries until `timeout_s`. Raises TransportError."""
@@ -185,7 +201,7 @@ class Link:
     def publish(self, topic: str, payload: bytes) -> None:
         """Queue a message at QoS 1; while offline it waits for the reconnect.
 
-        Raises TransportError when the broker's packet limit or the queue's bound is exceeded.
+        Raises TransportError above the broker's packet limit, QueueFullError above the queue's.
         """
         limit = self.max_packet_bytes
         if limit is not None and len(payload) + len(topic) + 16 > limit:
@@ -195,16 +211,22 @@ class Link:
             )
         info = self._client.publish(topic, payload, qos=_QOS)
         if info.rc == paho.MQTT_ERR_QUEUE_SIZE:
-            raise TransportError(
+            raise QueueFullError(
                 f"broker {self.address} takes messages too slowly: {_MESSAGES_QUEUED} are waiting"
             )
 
     def next_event(self, timeout_s: float) -> LinkEvent | None:
         """The next event, or None after `timeout_s`."""
         try:
-            return self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get(False)
+            event = (
+                self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get(False)
+            )
         except queue.Empty:
             return None
+        if isinstance(event, Received):
+            with self._queued_lock:
+                self._queued_bytes -= len(event.payload)
+        return event
 
     def close(self, flush_s: float = 2.0) -> None:
         """Send what is queued (for at most `flush_s`), disconnect, end the network thread."""
@@ -283,28 +305,39 @@ class Link:
         short = time.monotonic() - self._connected_s < _SHORT_LIFE_S
         self._short_lives = self._short_lives + 1 if short else 0
         # Brokers before MQTT 5, and some after, do not say why they cut a connection.
-        if code.getName() == "Session taken over" or self._short_lives >= _SHORT_LIVES:
-            self._closing = True
+        taken_over = code.getName() == "Session taken over"
+        if taken_over or self._short_lives >= _SHORT_LIVES:
             self._client.disconnect()  # ends paho's loop: no reconnect
-            self._put(Disconnected("another client connected with the same id", True), force=True)
+            reason = "another client connected with the same id"
+            self._put(
+                Disconnected(reason + ("" if taken_over else ", or the link is unstable"), True)
+            )
         else:
             self._put(Disconnected(str(code), False))
 
     def _on_message(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        if len(message.payload) > self._max_payload_bytes:
+            return
         try:
             topic = message.topic
         except UnicodeDecodeError:
             return  # no topic of ours: an error here would end paho's thread
         self._put(Received(topic, bytes(message.payload)))
 
-    def _put(self, event: LinkEvent, *, force: bool = False) -> None:
+    def _put(self, event: LinkEvent) -> None:
         """Blocks the network thread while the consumer is behind: TCP pushes back."""
-        while force or not self._closing:
+        size = len(event.payload) if isinstance(event, Received) else 0
+        while not self._closing:
+            if self._queued_bytes + size > _BYTES_QUEUED and not self._events.empty():
+                time.sleep(0.01)
+                continue
             try:
                 self._events.put(event, timeout=0.2)
-                return
             except queue.Full:
                 continue
+            with self._queued_lock:
+                self._queued_bytes += size
+            return
 
 
 def _set_nodelay(_client: paho.Client, _data: Any, sock: Any) -> None:
