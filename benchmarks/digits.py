@@ -25,7 +25,7 @@ from server_node.prepare import prepare
 CONFIG: Final = Path(__file__).resolve().parent.parent / "experiments" / "digits.toml"
 SEEDS: Final = (0, 1, 2)
 TARGET: Final = 0.85
-# The default pair of steps is one of the 18.
+# The default pair is tried by the row above.
 ETA_C: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 ETA_S: Final = {16: (0.01, 0.02, 0.04), 1: (0.05, 0.15, 0.45)}
 

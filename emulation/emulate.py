@@ -122,7 +122,7 @@ def _watch(
         for device in devices:
             _supervise(group, device, notify)
     code = server.wait()
-    if code or summary is None:
+    if summary is None:
         raise FleetError(f"the server ended: {_reason(logs / 'server.log')}", code)
     _let_devices_end(devices)
     del summary["event"]

@@ -165,7 +165,7 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
     console.print(table)
     console.print(
         f"{summary['rounds']} rounds, {summary['clients']} devices, tau {summary['tau']}, "
-        f"seed {summary['seed']}\nrun folder: {folder}   (check it: musplit replay {folder})",
+        f"seed {summary['seed']}\nrun folder: {folder}\ncheck it:   musplit replay {folder}",
         soft_wrap=True,
     )
 

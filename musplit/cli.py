@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from musplit.support import (
+    SECONDS,
+    FiniteRange,
     broker_options,
     fail,
     format_option,
@@ -80,10 +82,10 @@ def export(
 @main.command()
 @click.argument("data")
 @click.option("--devices", required=True, type=click.IntRange(1), help="Number of shards.")
-@click.option("--alpha", default=0.0, type=click.FloatRange(0), show_default=True,
+@click.option("--alpha", default=0.0, type=FiniteRange(0), show_default=True,
               help="Dirichlet concentration by label; 0 is iid, 0.1 very skewed.")  # fmt: skip
 @click.option("--seed", default=0, type=_SEED, show_default=True, help="As run.seed.")
-@click.option("--holdout", default=0.0, type=click.FloatRange(0, 1, max_open=True),
+@click.option("--holdout", default=0.0, type=FiniteRange(0, 1, max_open=True),
               show_default=True, help="Part of the training set to leave out.")  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out: Path) -> None:
@@ -112,15 +114,15 @@ def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out:
               help="Use this client bundle instead of fetching it.")  # fmt: skip
 @click.option("--state", type=click.Path(path_type=Path),
               help="Where weights and bundles are kept.  [default: musplit-state/ID]")  # fmt: skip
-@click.option("--threads", default=1, type=click.IntRange(1), show_default=True,
+@click.option("--threads", default=1, type=click.IntRange(1, 1024), show_default=True,
               help="Threads of ONNX Runtime.")  # fmt: skip
-@click.option("--speed", default=1.0, type=click.FloatRange(0, 1, min_open=True),
+@click.option("--speed", default=1.0, type=FiniteRange(0, 1, min_open=True),
               show_default=True, help="Pad each forward to 1/speed of its time.")  # fmt: skip
-@click.option("--delay-s", default=0.0, type=click.FloatRange(0), show_default=True, metavar="S",
+@click.option("--delay-s", default=0.0, type=SECONDS, show_default=True, metavar="S",
               help="Wait before each round's first forward: a straggler.")  # fmt: skip
-@click.option("--wait-s", default=600.0, show_default=True, metavar="S",
+@click.option("--wait-s", default=600.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when the server is silent for this long.")  # fmt: skip
-@click.option("--offline-s", default=300.0, show_default=True, metavar="S",
+@click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when a lost broker stays away for this long.")  # fmt: skip
 def device(
     device_id: str, broker: str, connect_s: float, data: Path, fleet: str, bundle: Path | None,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emulation.emulate import emulate
 from emulation.report import ProgressView, parse_requirement, print_table, write_junit
+from musplit.support import say
 from server_node.config import load_config
 
 
@@ -21,12 +22,15 @@ def run_emulation(
     with ProgressView(config, sys.stderr) as view:
         summary = emulate(config, folder, view.notify)
     judged = [(requirement, requirement.judge(summary)) for requirement in requirements]
-    if junit is not None:
-        write_junit(junit, judged, summary["seconds"])
     if output == "json":
         print(json.dumps({**summary, "folder": str(folder)}))
     else:
         print_table(summary, folder, sys.stdout)
+    if junit is not None:
+        write_junit(junit, judged, summary["seconds"])
     for requirement, why in judged:
         print(f"{'FAILED' if why else 'holds'}: {requirement.text} {why}".rstrip(), file=sys.stderr)
+    if summary["outcome"] != "complete":
+        say(f"musplit: error: the run {summary['outcome']}: see {folder / 'logs' / 'server.log'}")
+        return 1
     return 1 if any(why for _, why in judged) else 0

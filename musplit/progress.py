@@ -27,6 +27,8 @@ def _text(event: dict[str, Any]) -> None:
             )
         case "waiting":
             say(f"waiting for {event['devices']} devices; on the first one:\n  {event['command']}")
+        case "run":
+            say("control: the same with the client half frozen" if event["frozen"] else "training")
         case "round" if event["accuracy"] is not None:
             say(
                 f"round {event['round'] + 1}: accuracy {event['accuracy']:.3f}, loss "

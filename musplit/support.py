@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,22 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+
+
+class FiniteRange(click.FloatRange):
+    """A FloatRange that refuses nan and infinity too."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As click's, then the check."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+SECONDS = FiniteRange(0)
 _EXTRAS = {
     "torch": "server", "onnx": "server", "onnxscript": "server", "matplotlib": "server",
     "amqtt": "emulation", "rich": "emulation", "sklearn": "emulation",
@@ -74,7 +91,7 @@ def parse_address(text: str) -> Any:
 def broker_options(command: Command) -> Command:
     """--broker and --connect-s."""
     command = click.option(
-        "--connect-s", default=15.0, show_default=True, metavar="S",
+        "--connect-s", default=15.0, type=SECONDS, show_default=True, metavar="S",
         help="How long to try to reach the broker at the start.",
     )(command)  # fmt: skip
     return click.option(

@@ -76,7 +76,7 @@ class MethodSection(_Section, frozen=True):
     directions_client: AtLeast1 = 16
     directions_server: AtLeast1 = 1
     eta_c: NotNegative = 0.2
-    eta_s: NotNegative = 0.02
+    eta_s: NotNegative = 0.015
     eta_g: Positive = 1.0
     lam: Annotated[float, Meta(ge=1e-9, le=1e3)] = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"

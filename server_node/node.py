@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from server_node.actions import Finish, Outcome
-from server_node.errors import DivergedError, FrameFaultError, LobbyError, NoProgressError
+from server_node.actions import Outcome
+from server_node.errors import FrameFaultError, LobbyError, NoProgressError
 from server_node.fleet import Fleet, Member
 from server_node.prepare import Experiment, open_run
 from server_node.run import Run
@@ -82,7 +82,8 @@ class Node:
     def run(self, *, frozen: bool, final: bool) -> Run:
         """Run the experiment once; the devices stay unless `final`.
 
-        Raises LobbyError, NoProgressError, DivergedError, TransportError.
+        A run that diverged returns like one that is complete: `finished` tells. Raises LobbyError,
+        NoProgressError, TransportError.
         """
         members = self._fleet.numbered()
         run = self._run = open_run(
@@ -90,6 +91,7 @@ class Node:
             devices=[(m.index or 0, m.device_id) for m in members], outbox=self,
             notify=self._notify,
         )  # fmt: skip
+        self._notify({"event": "run", "frozen": frozen})
         reason = "interrupted"
         try:
             self._fleet.new_run()
@@ -101,7 +103,10 @@ class Node:
                 worked = run.work()
                 self._turn(0.0 if worked else run.idle_s(_IDLE_S))
             reason = run.finished.outcome.value
-            _raise_unless_complete(run.finished)
+            if run.finished.outcome is Outcome.STALLED:
+                raise NoProgressError(
+                    f"{run.finished.detail}; restart them, or set round.deadline_s"
+                )
         finally:
             self._end(run, reason, final=final or reason != Outcome.COMPLETE.value)
         return run
@@ -354,10 +359,3 @@ class Node:
         run.ledger.reported(member.index, member.device_id, report)
         if self._ending and report.round >= run.rounds_closed:
             self._final_reports.add(member.index)
-
-
-def _raise_unless_complete(finish: Finish) -> None:
-    if finish.outcome is Outcome.STALLED:
-        raise NoProgressError(f"{finish.detail}; restart them, or set round.deadline_s")
-    if finish.outcome is Outcome.DIVERGED:
-        raise DivergedError(f"{finish.detail} (method.eta_s, method.eta_c)")

@@ -5,6 +5,7 @@ An `Outbox` takes the messages; the MQTT node, the in-process fleet and tests br
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -18,6 +19,7 @@ from server_node.actions import (
     Finish,
     Ignore,
     OpenRound,
+    Outcome,
     Remind,
     Reply,
     Rules,
@@ -40,6 +42,8 @@ from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot
 
 Vector = NDArray[np.float32]
 
+# A test loss this many times the first one never came back in any run seen.
+DIVERGED_FACTOR: Final = 10.0
 _MIN_IDLE_S: Final = 0.001
 # Commits sent for one `ready`: the next round makes a device that still misses some ask again.
 _CATCH_UP_COMMITS: Final = 256
@@ -76,6 +80,7 @@ class Run:
         self.contributions = self.rounds_closed = 0
         self._manifest, self._half, self._evaluator = manifest, half, evaluator
         self._outbox, self._notify = outbox, notify
+        self._first_loss = math.inf
         self._generator = DirectionGenerator()
         self._coordinator: Coordinator | None = None
         self._commits: list[Commit] = []
@@ -93,6 +98,7 @@ class Run:
         method, rule = self.config.method, self.config.round
         self._half.load(self.server)
         self.scores = self._evaluator.scores(self.client, self._half)
+        self._first_loss = self.scores.loss
         rules = Rules(
             run_seed=self.config.run.seed, rounds=self.config.run.rounds,
             participants=self.config.participants, tau=method.tau, directions=self.directions,
@@ -258,6 +264,12 @@ class Run:
         due = self._due(closed.round)
         if due:
             self.scores = self._evaluator.scores(self.client, self._half)
+            if not self.scores.loss <= DIVERGED_FACTOR * self._first_loss:
+                self.finished = Finish(
+                    Outcome.DIVERGED,
+                    f"test loss {self.scores.loss:.3g} after round {closed.round} against "
+                    f"{self._first_loss:.3g} at the start; use smaller steps",
+                )
             self.ledger.verified(closed.round + 1, self.client, self.server)
         scores = self.scores if due else None
         row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.errors import DivergedError
 from server_node.node import Node
 from server_node.partition import shard_name
 from server_node.plot import plot_run
 from server_node.prepare import Experiment, prepare
+from server_node.run import Run
 from server_node.summary import RunResult, summarise, write_summary
 from wire_protocol.errors import StalledError, TransportError
 from wire_protocol.mqtt import Address, Link
@@ -47,13 +49,19 @@ def serve(
         node.gather()
         main = _run(node, frozen=False, final=not config.evaluation.control)
         planned = config.evaluation.control
-        reason = "the control run was cut short" if planned else "evaluation.control is off"
+        reason = "the control run was not finished" if planned else "evaluation.control is off"
         summary = _sum_up(experiment, main, reason, link)
-        if planned:  # whatever becomes of it, the run above is on disk
+        diverged = _divergence(main.run)
+        if planned and not diverged:  # whatever becomes of it, the run above is on disk
             summary = _sum_up(experiment, main, _control(node), link)
     finally:
         link.close()
     notify({"event": "summary", **summary})
+    if diverged:
+        raise DivergedError(
+            f"{diverged} (method.eta_s, method.eta_c; fewer devices and directions want smaller "
+            f"ones); the run so far is in {folder}"
+        )
     return summary
 
 
@@ -61,6 +69,13 @@ def device_command(config: Config, address: Address) -> str:
     """What to paste on the first device."""
     fleet = "" if config.run.fleet == "lab" else f" --fleet {config.run.fleet}"
     return f"musplit device --id device-000 --broker {address}{fleet} --data {shard_name(0)}"
+
+
+def _divergence(run: Run) -> str:
+    """What was seen of a run that diverged; empty for one that did not."""
+    finished = run.finished
+    diverged = finished is not None and finished.outcome is Outcome.DIVERGED
+    return finished.detail if finished is not None and diverged else ""
 
 
 def _sum_up(
@@ -78,7 +93,7 @@ def _control(node: Node) -> RunResult | str:
     """The frozen-client control; when the fleet does not get through it, the reason."""
     try:
         return _run(node, frozen=True, final=True)
-    except (StalledError, TransportError, DivergedError) as error:
+    except (StalledError, TransportError) as error:
         return f"the control run failed: {error}"
 
 

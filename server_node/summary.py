@@ -35,7 +35,8 @@ def summarise(
         "accuracy_frozen_client": None,
         "loss_frozen_client": None,
         "accuracy_frozen_client_reason": control if isinstance(control, str) else "measured",
-        "outcome": run.finished.outcome.value if run.finished else "interrupted",
+        "outcome": _outcome(run),
+        "outcome_frozen_client": None,
         "rounds": run.rounds_closed,
         "tau": config.method.tau,
         "clients": config.devices.count,
@@ -73,11 +74,16 @@ def summarise(
         summary |= {
             "accuracy_frozen_client": scores.accuracy if scores else None,
             "loss_frozen_client": scores.loss if scores else None,
+            "outcome_frozen_client": _outcome(control.run),
             "seconds_control": round(control.seconds, 3),
             "control_bytes_up": traffic["bytes_up"] + traffic["bundle_bytes_up"],
             "control_bytes_down": traffic["bytes_down"] + traffic["bundle_bytes_down"],
         }
     return summary
+
+
+def _outcome(run: Run) -> str:
+    return run.finished.outcome.value if run.finished else "interrupted"
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
