@@ -179,7 +179,7 @@ class Node:
 
     def _turn(self, timeout_s: float) -> None:
         """Take the events that are here, waiting at most `timeout_s` for the first; keep time."""
-        event = self._link.next_event(_POLL_S if self._fetches else timeout_s)
+        event = self._link.next_event(min(timeout_s, _POLL_S) if self._fetches else timeout_s)
         taken = 0
         while event is not None:
             self._take(event)
