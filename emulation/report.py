@@ -180,7 +180,9 @@ def _percent(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "not run" if value is None else f"{value:.3f}"
+    if value is None:
+        return "not run"
+    return f"{value:.3f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _megabytes(value: int | None) -> str:

@@ -48,10 +48,9 @@ def serve(
         node = Node(experiment, link, notify)
         node.gather()
         main = _run(node, frozen=False, final=not config.evaluation.control)
-        planned = config.evaluation.control
+        planned, diverged = config.evaluation.control, _divergence(main.run)
         reason = "the control run was not finished" if planned else "evaluation.control is off"
-        summary = _sum_up(experiment, main, reason, link)
-        diverged = _divergence(main.run)
+        summary = _sum_up(experiment, main, "the run diverged" if diverged else reason, link)
         if planned and not diverged:  # whatever becomes of it, the run above is on disk
             summary = _sum_up(experiment, main, _control(node), link)
     finally:
