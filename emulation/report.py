@@ -15,6 +15,7 @@ from rich.table import Table
 
 from server_node.config import Config
 from server_node.errors import ConfigError
+from wire_protocol.messages import printable
 
 _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne,
@@ -168,11 +169,6 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
         f"seed {summary['seed']}\nrun folder: {folder}\ncheck it:   musplit replay {folder}",
         soft_wrap=True,
     )
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which could steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _percent(value: float | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from musplit.support import say
+from wire_protocol.messages import printable
 
 
 def server_notifier(output: str) -> Callable[[dict[str, Any]], None]:
@@ -39,6 +40,6 @@ def _text(event: dict[str, Any]) -> None:
         case "joined" | "left" | "refused-message" | "refused-device" | "broker-lost" as name:
             detail = event.get("reason") or event.get("why") or ""
             line = f"{name} {event.get('device', '')} {detail}".rstrip()
-            say("".join(c if c.isprintable() else "?" for c in line))  # a device's own words
+            say(printable(line))
         case _:
             pass

@@ -220,6 +220,11 @@ def decode_down(payload: bytes | memoryview) -> DownMessage:
     return message
 
 
+def printable(text: str) -> str:
+    """What the other side wrote, without control characters, which could steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def _check_scalars(scalars: bytes) -> None:
     if len(scalars) % 4:  # msgspec makes a refusal of it
         raise ValueError(f"scalars: {len(scalars)} bytes are no whole number of float32")
