@@ -7,6 +7,8 @@ t / speed, and the first forward of each round waits `delay_s` before.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +30,10 @@ class PacedSession:
         if self._delay_s:
             time.sleep(self._delay_s)
 
-    def forward(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def forward(self, xs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """As the session's, then the padding."""
         begin_s = time.thread_time()
-        result = self._session.forward(x)
+        result = self._session.forward(xs)
         if self._pad:
             time.sleep((time.thread_time() - begin_s) * self._pad)
         return result

@@ -7,6 +7,8 @@ without a copy. Spinning is off: on a waiting board it only burns energy.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -26,7 +28,7 @@ class ClientSession:
         manifest = bundle.manifest
         self._store = np.frombuffer(bytearray(bundle.weights), np.uint8)
         self.parameters: NDArray[np.float32] = self._store[: manifest.parameters * 4].view("<f4")
-        self._input = np.empty((batch, *manifest.input.shape), np.float32)
+        self._inputs = [np.empty((batch, *i.shape), i.dtype) for i in manifest.inputs]
         self._output = np.empty((batch, *manifest.activation.shape), np.float32)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -40,7 +42,8 @@ class ClientSession:
                 begin = tensor.offset_bytes
                 view = self._store[begin : begin + tensor.size_bytes]
                 self._bind_input(tensor.name, view.view(tensor.dtype).reshape(tensor.shape))
-            self._bind_input(manifest.input.name, self._input)
+            for spec, array in zip(manifest.inputs, self._inputs, strict=True):
+                self._bind_input(spec.name, array)
             self._binding.bind_output(
                 manifest.activation.name, "cpu", 0, np.float32, self._output.shape,
                 self._output.ctypes.data,
@@ -52,17 +55,18 @@ class ClientSession:
                 f"({first_line}); export it again or update onnxruntime"
             ) from error
 
-    def forward(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """X (batch, *input shape) -> activation (batch, *activation shape).
+    def forward(self, xs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
+        """xs[input] (batch, *input shape) -> activation (batch, *activation shape).
 
         The result is the session's own buffer: copy it before the next call.
         """
-        self._input[...] = x
+        for array, x in zip(self._inputs, xs, strict=True):
+            array[...] = x
         self._session.run_with_iobinding(self._binding)
         return self._output
 
     def _bind_input(self, name: str, array: NDArray[np.generic]) -> None:
-        # The pointer is bound, not the array: `_store` and `_input` keep it alive.
+        # The pointer is bound, not the array: `_store` and `_inputs` keep it alive.
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 

@@ -1,5 +1,7 @@
 """The data that a board carries: one npz file with x (n, *shape), y (n,) and its place.
 
+A model with several inputs takes x, x_1, x_2, .. in the order of its arguments.
+
 x is raw (any integer or float type); the bundle's transform makes it the graph's input, so that
 device and server cannot disagree. `shard_index` is optional and orders the devices of a run.
 """
@@ -14,15 +16,15 @@ from numpy.typing import NDArray
 
 from edge_client.errors import ShardError
 from wire_protocol.errors import InputError
-from wire_protocol.manifest import Manifest, same_shape
-from wire_protocol.npz import parse_npz
+from wire_protocol.manifest import Manifest, misfit
+from wire_protocol.npz import input_arrays, parse_npz
 
 
 class Shard(NamedTuple):
-    """Samples x (n, *shape), labels y (n,), and which shard of its partition this is (-1: none)."""
+    """Samples, labels y (n,), and which shard of its partition this is (-1: none)."""
 
     path: Path
-    x: NDArray[np.generic]
+    xs: list[NDArray[np.generic]]  # one (n, *raw shape) per input of the model
     y: NDArray[np.int64]
     shard_index: int
 
@@ -42,14 +44,17 @@ def load_shard(path: Path) -> Shard:
         ) from error
     except InputError as error:
         raise ShardError(f"{error}; a shard holds x and y, `musplit shard` writes them") from error
-    x, y = arrays["x"], arrays["y"]
-    if x.dtype.kind not in "buif" or y.dtype.kind not in "ui":
-        raise ShardError(f"{path}: x must be numbers and y integers, not {x.dtype} and {y.dtype}")
-    if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
-        raise ShardError(f"{path}: x {x.shape} and y {y.shape} need the same, non-zero, length")
-    if not np.isfinite(x).all():
-        raise ShardError(f"{path}: x holds values that are not finite; clean the data")
-    return Shard(path, x, y.astype(np.int64), _shard_index(path, arrays))
+    xs, y = input_arrays(arrays, "x"), arrays["y"]
+    for x in xs:
+        if x.dtype.kind not in "buif" or y.dtype.kind not in "ui":
+            raise ShardError(
+                f"{path}: x must be numbers and y integers, not {x.dtype} and {y.dtype}"
+            )
+        if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
+            raise ShardError(f"{path}: x {x.shape} and y {y.shape} need the same, non-zero, length")
+        if not np.isfinite(x).all():
+            raise ShardError(f"{path}: x holds values that are not finite; clean the data")
+    return Shard(path, xs, y.astype(np.int64), _shard_index(path, arrays))
 
 
 def _shard_index(path: Path, arrays: dict[str, NDArray[Any]]) -> int:
@@ -61,12 +66,9 @@ def _shard_index(path: Path, arrays: dict[str, NDArray[Any]]) -> int:
 
 def check_shard(shard: Shard, manifest: Manifest) -> None:
     """Raise ShardError when the shard's samples or labels do not fit the model."""
-    want, have = tuple(manifest.input.shape), shard.x.shape[1:]
-    if not same_shape(have, want):
-        raise ShardError(
-            f"{shard.path}: samples have shape {have}, model {manifest.model} takes {want}; "
-            "use the shards of this run's data"
-        )
+    fault = misfit(manifest, shard.xs)
+    if fault:
+        raise ShardError(f"{shard.path}: {fault}; use the shards of this run's data")
     low, high = int(shard.y.min()), int(shard.y.max())
     if low < 0 or high >= manifest.classes:
         raise ShardError(

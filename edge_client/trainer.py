@@ -13,7 +13,7 @@ from edge_client.zo_step import Activation, PhaseClock, zo_step
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
 from wire_protocol.estimator import apply_terms, client_terms
 from wire_protocol.frames import Frame, FrameKind, encode_frame
-from wire_protocol.manifest import Bundle, prepare_input, sha256
+from wire_protocol.manifest import Bundle, prepare_inputs, sha256
 from wire_protocol.messages import Commit, Report, Welcome
 
 _NO_LABELS = np.empty(0, np.uint32)
@@ -50,12 +50,12 @@ class Trainer:
         chosen = batch_indices(
             welcome.run_seed, welcome.device, number, welcome.batch, self._shard.samples
         )
-        x = prepare_input(self._shard.x[chosen], self._bundle.manifest.input)
+        xs = prepare_inputs([x[chosen] for x in self._shard.xs], self._bundle.manifest.inputs)
         labels = self._shard.y[chosen].astype(np.uint32)
         origin = DirectionId(welcome.run_seed, Stream.CLIENT_HALF, welcome.device, number, 0, 0)
         self._session.start_round()
         for part in zo_step(
-            self._session, self.theta, x, origin, welcome.directions, welcome.lam,
+            self._session, self.theta, xs, origin, welcome.directions, welcome.lam,
             self._generator, self._clock,
         ):  # fmt: skip
             if part is None:

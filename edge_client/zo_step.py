@@ -7,9 +7,9 @@ session's buffer, so nothing has to be restored and theta stays exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,8 @@ class Forward(Protocol):
 
     parameters: Vector
 
-    def forward(self, x: Vector) -> Vector:
-        """X (batch, *input shape) -> activation (batch, *activation shape)."""
+    def forward(self, xs: Sequence[NDArray[Any]]) -> Vector:
+        """xs[input] (batch, *input shape) -> activation (batch, *activation shape)."""
         ...
 
 
@@ -64,7 +64,7 @@ class PhaseClock:
 def zo_step(
     session: Forward,
     theta: Vector,
-    x: Vector,
+    xs: Sequence[NDArray[Any]],
     origin: DirectionId,
     directions: int,
     lam: float,
@@ -73,12 +73,12 @@ def zo_step(
 ) -> Iterator[Activation | Differences | None]:
     """Yield the Activation, then groups of Differences; None after each direction in between.
 
-    theta (d_c,), x (batch, *input shape); `origin` is the direction at k = 0.
+    theta (d_c,), xs[input] (batch, *input shape); `origin` is the direction at k = 0.
     """
     now_s = clock.read_s()
     np.copyto(session.parameters, theta)
     now_s = clock.lap("perturb_s", now_s)
-    activation = session.forward(x).copy()
+    activation = session.forward(xs).copy()
     clock.lap("forward_s", now_s)
     yield Activation(activation)
     group = max(1, min(directions, GROUP_BYTES // max(1, activation.nbytes)))
@@ -90,11 +90,11 @@ def zo_step(
             now_s = clock.read_s()
             generator.add_scaled(direction, lam, theta, session.parameters)
             now_s = clock.lap("perturb_s", now_s)
-            np.copyto(differences[row], session.forward(x))
+            np.copyto(differences[row], session.forward(xs))
             now_s = clock.lap("forward_s", now_s)
             generator.add_scaled(direction, -lam, theta, session.parameters)
             now_s = clock.lap("perturb_s", now_s)
-            np.subtract(differences[row], session.forward(x), out=differences[row])
+            np.subtract(differences[row], session.forward(xs), out=differences[row])
             clock.lap("forward_s", now_s)
             if row + 1 < count:
                 yield None

@@ -100,6 +100,6 @@ def make_shards(config: Config) -> list[Shard]:
     data = load_dataset(config.data.source, config.data.holdout)
     parts = partition(data.y_train, config.devices.count, config.data.alpha, config.run.seed)
     return [
-        Shard(Path(f"shard {index}"), data.x_train[part], data.y_train[part], index)
+        Shard(Path(f"shard {index}"), [x[part] for x in data.x_train], data.y_train[part], index)
         for index, part in enumerate(parts)
     ]

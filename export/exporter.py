@@ -129,9 +129,15 @@ def _client_manifest(
         weights=_blob(weights),
         parameters=_parameter_count(tensors),
         tensors=tensors,
-        input=InputSpec(
-            INPUT_NAME, list(model.input_shape), "float32", transform or Transform([0.0], [1.0])
-        ),
+        inputs=[
+            InputSpec(
+                INPUT_NAME,
+                list(model.input_shape),
+                list(model.input_shape),
+                "float32",
+                transform or Transform(),
+            )
+        ],
         activation=ActivationSpec(OUTPUT_NAME, list(halves.activation_shape), "float32"),
         parity_max_relative_error=parity,
         versions={name: version(name) for name in ("musplit", "torch", "onnx", "onnxruntime")},

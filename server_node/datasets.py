@@ -15,7 +15,7 @@ from server_node.errors import DataError
 from wire_protocol.directions import DirectionId, Stream, permutation
 from wire_protocol.errors import InputError
 from wire_protocol.manifest import Transform
-from wire_protocol.npz import parse_npz
+from wire_protocol.npz import input_arrays, parse_npz
 
 # The split of `digits`, and the hold-out, do not follow the run's seed: runs stay comparable.
 _SPLIT_SEED: Final = 2510_21155
@@ -26,12 +26,12 @@ _IDX_MAX_DIMS: Final = 5
 
 
 class Dataset(NamedTuple):
-    """x (n, *sample shape) as in the source, y (n,) class numbers; raw, not standardised."""
+    """x[input] (n, *sample shape) as in the source, y (n,) class numbers; raw, not transformed."""
 
     name: str
-    x_train: NDArray[np.generic]
+    x_train: list[NDArray[np.generic]]
     y_train: NDArray[np.int64]
-    x_test: NDArray[np.generic]
+    x_test: list[NDArray[np.generic]]
     y_test: NDArray[np.int64]
 
 
@@ -62,14 +62,14 @@ def fit_transform(x_train: NDArray[np.generic], standardise: str) -> Transform:
     A constant feature keeps its scale.
     """
     if standardise == "none":
-        return Transform([0.0], [1.0])
+        return Transform()
     flat = x_train.reshape(len(x_train), -1).astype(np.float64)
     axis = 0 if standardise == "feature" else None
     low, mean = np.atleast_1d(flat.min(axis=axis)), np.atleast_1d(flat.mean(axis=axis))
     constant = low == np.atleast_1d(flat.max(axis=axis))
     mean = np.where(constant, low, mean)  # rounding would make a constant vary
     std = np.where(constant, 1.0, np.atleast_1d(flat.std(axis=axis)))
-    return Transform(_as_float32(mean), _as_float32(std))
+    return Transform(mean=_as_float32(mean), std=_as_float32(std))
 
 
 def _as_float32(values: NDArray[np.float64]) -> list[float]:
@@ -87,7 +87,7 @@ def _digits() -> Dataset:
     order = permutation(DirectionId(_SPLIT_SEED, Stream.BATCH, 0, 0, 0, 0), len(y))
     test = round(len(y) * _DIGITS_TEST_FRACTION)
     x, y = x.astype(np.uint8)[order], y.astype(np.int64)[order]
-    return Dataset("digits", x[test:], y[test:], x[:test], y[:test])
+    return Dataset("digits", [x[test:]], y[test:], [x[:test]], y[:test])
 
 
 def _npz(path: Path) -> Dataset:
@@ -97,7 +97,8 @@ def _npz(path: Path) -> Dataset:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except InputError as error:
         raise DataError(str(error)) from error
-    x_train, y_train, x_test, y_test = (arrays[name] for name in _NPZ_ARRAYS)
+    y_train, y_test = arrays["y_train"], arrays["y_test"]
+    x_train, x_test = input_arrays(arrays, "x_train"), input_arrays(arrays, "x_test")
     for name, labels in (("y_train", y_train), ("y_test", y_test)):
         if labels.dtype.kind not in "ui":
             raise DataError(f"{path}: {name} must be one integer a sample")
@@ -111,7 +112,8 @@ def _idx_folder(folder: Path) -> Dataset:
         for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
     ]
     x_train, y_train, x_test, y_test = arrays
-    return Dataset(str(folder), x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64))
+    labels = y_train.astype(np.int64), y_test.astype(np.int64)
+    return Dataset(str(folder), [x_train], labels[0], [x_test], labels[1])
 
 
 def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
@@ -144,14 +146,15 @@ def _idx_file(folder: Path, name: str) -> NDArray[np.uint8]:
 
 
 def _check(data: Dataset) -> None:
-    for x, y, split in ((data.x_train, data.y_train, "train"), (data.x_test, data.y_test, "test")):
-        if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
-            raise DataError(f"{data.name}: x_{split} and y_{split} need one label a sample")
-        if x.dtype.kind not in "buif" or not np.isfinite(x).all():
-            raise DataError(f"{data.name}: x_{split} must be finite numbers")
+    for xs, y, split in ((data.x_train, data.y_train, "train"), (data.x_test, data.y_test, "test")):
+        for x in xs:
+            if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
+                raise DataError(f"{data.name}: x_{split} and y_{split} need one label a sample")
+            if x.dtype.kind not in "buif" or not np.isfinite(x).all():
+                raise DataError(f"{data.name}: x_{split} must be finite numbers")
         if y.min() < 0:
             raise DataError(f"{data.name}: y_{split} holds the label {y.min()}; labels start at 0")
-    if data.x_train.shape[1:] != data.x_test.shape[1:]:
+    if [x.shape[1:] for x in data.x_train] != [x.shape[1:] for x in data.x_test]:
         raise DataError(f"{data.name}: x_train and x_test have different sample shapes")
 
 
@@ -161,5 +164,6 @@ def _hold_out(data: Dataset, holdout: float) -> Dataset:
     if not 0 < held < len(order):
         raise DataError(f"{data.name}: data.holdout {holdout} leaves one side empty")
     test, train = order[:held], order[held:]
-    x, y = data.x_train, data.y_train
-    return Dataset(f"{data.name}, held out {holdout}", x[train], y[train], x[test], y[test])
+    xs, y = data.x_train, data.y_train
+    name = f"{data.name}, held out {holdout}"
+    return Dataset(name, [x[train] for x in xs], y[train], [x[test] for x in xs], y[test])

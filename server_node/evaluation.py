@@ -12,7 +12,7 @@ from export.cuts import Half
 from server_node.datasets import Dataset
 from server_node.errors import DataError
 from server_node.half import Scores, ServerHalf
-from wire_protocol.manifest import Manifest, prepare_input, same_shape
+from wire_protocol.manifest import Manifest, misfit, prepare_inputs
 
 _ROWS: Final = 1024
 
@@ -26,13 +26,11 @@ class Evaluator:
                 f"{data.name}: label {max(data.y_test.max(), data.y_train.max())} is outside "
                 f"0..{manifest.classes - 1}; model {manifest.model} has {manifest.classes} classes"
             )
-        if not same_shape(data.x_test.shape[1:], manifest.input.shape):
-            raise DataError(
-                f"{data.name}: samples have shape {data.x_test.shape[1:]}, model {manifest.model} "
-                f"takes {tuple(manifest.input.shape)}"
-            )
+        fault = misfit(manifest, data.x_test)
+        if fault:
+            raise DataError(f"{data.name}: {fault}")
         self._module = client.module
-        self._x = prepare_input(data.x_test, manifest.input)
+        self._xs = prepare_inputs(data.x_test, manifest.inputs)
         self._labels = data.y_test
 
     @torch.inference_mode()
@@ -44,7 +42,7 @@ class Evaluator:
             parameter.copy_(torch.from_numpy(part.reshape(tuple(parameter.shape))))
             offset += parameter.numel()
         parts = [
-            self._module(torch.from_numpy(self._x[first : first + _ROWS])).numpy()
-            for first in range(0, len(self._x), _ROWS)
+            self._module(*(torch.from_numpy(x[first : first + _ROWS]) for x in self._xs)).numpy()
+            for first in range(0, len(self._labels), _ROWS)
         ]
         return server.evaluate(np.concatenate(parts), self._labels)

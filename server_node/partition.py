@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from server_node.datasets import Dataset
 from server_node.errors import DataError
+from wire_protocol.npz import input_name
 
 _ATTEMPTS: Final = 1000
 
@@ -57,6 +58,7 @@ def write_shards(data: Dataset, devices: int, alpha: float, seed: int, out: Path
     paths: list[Path] = []
     for index, part in enumerate(partition(data.y_train, devices, alpha, seed)):
         path = out / shard_name(index)
-        np.savez(path, x=data.x_train[part], y=data.y_train[part], shard_index=np.int64(index))
+        xs = {input_name("x", i): x[part] for i, x in enumerate(data.x_train)}
+        np.savez(path, **xs, allow_pickle=False, y=data.y_train[part], shard_index=np.int64(index))
         paths.append(path)
     return paths

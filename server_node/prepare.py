@@ -60,11 +60,11 @@ def prepare(config: Config, folder: Path) -> Experiment:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     data = load_dataset(config.data.source, config.data.holdout)
-    shape = tuple(config.model.input_shape) or data.x_train.shape[1:]
+    shape = tuple(config.model.input_shape) or data.x_train[0].shape[1:]
     exported = export_model(
         config.model.name, config.model.cut, folder, seed=config.run.seed,
         input_shape=shape,
-        transform=fit_transform(data.x_train, config.data.standardise),
+        transform=fit_transform(data.x_train[0], config.data.standardise),
     )  # fmt: skip
     halves = load_halves(exported.server)
     server_manifest, server_weights = read_server_half(exported.server)

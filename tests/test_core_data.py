@@ -25,7 +25,7 @@ def refusal(source, holdout=0.0):
 def test_digits_are_split_the_same_way_always():
     one, other = load_dataset("digits"), load_dataset("digits")
     assert (len(one.y_train), len(one.y_test)) == (1438, 359)
-    assert one.x_train.shape == (1438, 64)
+    assert one.x_train[0].shape == (1438, 64)
     assert all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
     assert set(one.y_test.tolist()) == set(range(10))
 
@@ -44,8 +44,8 @@ def write_npz(path, save=np.savez, **arrays):
 
 def test_npz_is_read_as_it_is(tmp_path):
     data = load_dataset(str(write_npz(tmp_path / "d.npz")))
-    np.testing.assert_array_equal(data.x_train, np.arange(60).reshape(10, 6))
-    assert (data.x_train.dtype, data.y_train.dtype) == (np.uint8, np.int64)
+    np.testing.assert_array_equal(data.x_train[0], np.arange(60).reshape(10, 6))
+    assert (data.x_train[0].dtype, data.y_train.dtype) == (np.uint8, np.int64)
     assert data.y_test.tolist() == [0, 1, 2, 0]
 
 
@@ -130,9 +130,9 @@ def write_idx(folder, *, packed=False):
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_folder_is_read_plain_and_packed(tmp_path, packed):
     data = load_dataset(str(write_idx(tmp_path / "idx", packed=packed)))
-    np.testing.assert_array_equal(data.x_train, np.arange(72).reshape(6, 3, 4))
+    np.testing.assert_array_equal(data.x_train[0], np.arange(72).reshape(6, 3, 4))
     assert data.y_train.tolist() == [0, 1, 2, 0, 1, 2]
-    assert data.x_test.shape == (4, 3, 4)
+    assert data.x_test[0].shape == (4, 3, 4)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -179,7 +179,9 @@ def test_idx_folder_that_says_gz_and_is_not_is_refused(tmp_path):
 def standardised(x, how):
     """Samples as the graph sees them."""
     transform = fit_transform(x, how)
-    return prepare_input(x, InputSpec("input", list(x.shape[1:]), "float32", transform))
+    return prepare_input(
+        x, InputSpec("input", list(x.shape[1:]), list(x.shape[1:]), "float32", transform)
+    )
 
 
 def test_none_leaves_samples_alone():
@@ -223,8 +225,8 @@ def test_holdout_splits_the_training_set_and_leaves_the_test_set_out(tmp_path, h
     data = load_dataset(str(path), holdout)
     assert len(data.y_test) == round(100 * holdout)
     assert sorted([*data.y_train, *data.y_test]) == list(range(100))
-    np.testing.assert_array_equal(data.x_train, x[data.y_train])
-    np.testing.assert_array_equal(data.x_test, x[data.y_test])
+    np.testing.assert_array_equal(data.x_train[0], x[data.y_train])
+    np.testing.assert_array_equal(data.x_test[0], x[data.y_test])
     again = load_dataset(str(path), holdout)
     np.testing.assert_array_equal(data.y_test, again.y_test)
     assert data.y_test.tolist() != sorted(data.y_test.tolist())
@@ -291,5 +293,5 @@ def test_written_shards_are_what_boards_read(tmp_path):
     assert [path.name for path in paths] == ["shard-000.npz", "shard-001.npz", "shard-002.npz"]
     shards = [load_shard(path) for path in paths]
     assert [shard.shard_index for shard in shards] == [0, 1, 2]
-    rows = sorted(row.tobytes() for shard in shards for row in shard.x)
-    assert rows == sorted(row.tobytes() for row in data.x_train)
+    rows = sorted(row.tobytes() for shard in shards for row in shard.xs[0])
+    assert rows == sorted(row.tobytes() for row in data.x_train[0])

@@ -29,7 +29,7 @@ from wire_protocol.manifest import Transform, sha256
 from wire_protocol.messages import Commit, Entry, Welcome
 
 BATCH, DIRECTIONS, LAM = 5, 6, 0.01
-TRANSFORM = Transform([2.0], [4.0])
+TRANSFORM = Transform(mean=[2.0], std=[4.0])
 ORIGIN = DirectionId(7, Stream.CLIENT_HALF, 2, 3, 0, 0)
 
 
@@ -55,7 +55,7 @@ class Linear:
 
     def forward(self, x):
         self.forwards += 1
-        np.multiply(x, self.parameters.sum(), out=self._buffer)
+        np.multiply(x[0], self.parameters.sum(), out=self._buffer)
         return self._buffer
 
 
@@ -66,7 +66,9 @@ def clock():
 
 def run_step(session, theta, x, directions=DIRECTIONS, phases=None):
     return list(
-        zo_step(session, theta, x, ORIGIN, directions, LAM, DirectionGenerator(), phases or clock())
+        zo_step(
+            session, theta, [x], ORIGIN, directions, LAM, DirectionGenerator(), phases or clock()
+        )
     )
 
 
@@ -76,7 +78,7 @@ def run_step(session, theta, x, directions=DIRECTIONS, phases=None):
 def test_activation_comes_first_before_any_perturbed_forward():
     session, theta = Linear(10), np.linspace(0, 1, 10, dtype=np.float32)
     x = np.ones((BATCH, 3), np.float32)
-    step = zo_step(session, theta, x, ORIGIN, DIRECTIONS, LAM, DirectionGenerator(), clock())
+    step = zo_step(session, theta, [x], ORIGIN, DIRECTIONS, LAM, DirectionGenerator(), clock())
     first = next(step)
     assert isinstance(first, Activation)
     assert session.forwards == 1
@@ -169,7 +171,7 @@ def test_time_is_accounted_by_phase():
 def trainer(bundle):
     random = np.random.default_rng(1)
     shard = Shard(
-        bundle.manifest.input.name, random.integers(0, 16, (20, 3, 3), np.uint8),
+        bundle.manifest.inputs[0].name, [random.integers(0, 16, (20, 3, 3), np.uint8)],
         random.integers(0, 4, 20), 0,
     )  # fmt: skip
     welcome = Welcome(
@@ -202,8 +204,8 @@ def test_frames_name_their_run_round_and_session_and_labels_come_with_the_activa
 
 def test_samples_go_through_the_declared_transform(trainer, bundle):
     chosen = batch_indices(7, 2, 0, BATCH, 20)
-    x = (trainer._shard.x[chosen].reshape(BATCH, 9).astype(np.float32) - 2.0) / 4.0
-    want = ClientSession(bundle, BATCH, 1).forward(x)
+    x = (trainer._shard.xs[0][chosen].reshape(BATCH, 9).astype(np.float32) - 2.0) / 4.0
+    want = ClientSession(bundle, BATCH, 1).forward([x])
     np.testing.assert_array_equal(frames(trainer)[0].tensor, want)
 
 

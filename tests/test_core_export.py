@@ -99,7 +99,7 @@ def test_manifest_says_what_crosses_the_cut_and_how_exact_the_graph_is(case):
         logits = case.halves.server.module(h)
     assert manifest["activation"]["shape"] == list(h.shape[1:])
     assert manifest["classes"] == logits.shape[1]
-    assert manifest["input"]["shape"] == list(case.shape)
+    assert manifest["inputs"][0]["shape"] == list(case.shape)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -107,14 +107,14 @@ def test_session_computes_what_torch_computes(case, batch):
     x = case.samples(batch)
     with torch.no_grad():
         want = case.halves.client.module(torch.from_numpy(x)).numpy()
-    got = case.session(batch).forward(x)
+    got = case.session(batch).forward([x])
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
 def test_changing_the_parameters_changes_the_next_forward_without_rebinding(case):
     session, x = case.session(4), case.samples(4)
-    before = session.forward(x).copy()
+    before = session.forward([x]).copy()
     initial = session.parameters.copy()
     noise = 0.05 * np.random.default_rng(1).standard_normal(initial.shape)
     session.parameters += noise.astype(np.float32)
@@ -128,11 +128,11 @@ def test_changing_the_parameters_changes_the_next_forward_without_rebinding(case
         want = torch.func.functional_call(
             case.halves.client.module, state, (torch.from_numpy(x),)
         ).numpy()
-    after = session.forward(x).copy()
+    after = session.forward([x]).copy()
     np.testing.assert_allclose(after, want, rtol=0, atol=1e-5 * np.abs(want).max())
     assert np.abs(after - before).max() > 1e-2 * np.abs(before).max()
     session.parameters[...] = initial
-    assert session.forward(x).tobytes() == before.tobytes()
+    assert session.forward([x]).tobytes() == before.tobytes()
 
 
 def test_the_same_seed_exports_the_same_bytes(case, tmp_path):

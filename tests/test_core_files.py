@@ -168,14 +168,16 @@ def write_shard(path, **arrays):
 
 def test_a_shard_is_read_with_its_place(tmp_path):
     shard = load_shard(write_shard(tmp_path / "s.npz"))
-    assert (shard.x.shape, shard.x.dtype, shard.samples) == ((6, 3, 4), np.uint8, 6)
+    assert (shard.xs[0].shape, shard.xs[0].dtype, shard.samples) == ((6, 3, 4), np.uint8, 6)
     assert (shard.y.tolist(), shard.shard_index) == ([0, 1, 2, 3, 0, 1], 2)
     assert load_shard(write_shard(tmp_path / "t.npz", shard_index=None)).shard_index == -1
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int16, np.float16, np.float64])
 def test_samples_may_be_any_real_numbers(tmp_path, dtype):
-    assert load_shard(write_shard(tmp_path / "s.npz", x=np.ones((6, 2), dtype))).x.dtype == dtype
+    assert (
+        load_shard(write_shard(tmp_path / "s.npz", x=np.ones((6, 2), dtype))).xs[0].dtype == dtype
+    )
 
 
 def deflated(path):
@@ -203,7 +205,7 @@ def test_a_shard_with_an_altered_byte_is_refused_or_reads_the_same_never_crashes
             got = load_shard(path)
         except ShardError:
             continue
-        np.testing.assert_array_equal(got.x, want.x)
+        np.testing.assert_array_equal(got.xs[0], want.xs[0])
         np.testing.assert_array_equal(got.y, want.y)
 
 
@@ -270,7 +272,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
 )
 def test_shard_that_does_not_fit_the_model_is_refused(client, tmp_path, shape, labels, says):
     manifest = parse_manifest((client / "manifest.json").read_bytes(), "manifest")
-    shard = Shard(tmp_path / "s.npz", np.ones((2, *shape)), np.array(labels), 0)
+    shard = Shard(tmp_path / "s.npz", [np.ones((2, *shape))], np.array(labels), 0)
     with pytest.raises(ShardError, match=says):
         check_shard(shard, manifest)
 
@@ -278,7 +280,7 @@ def test_shard_that_does_not_fit_the_model_is_refused(client, tmp_path, shape, l
 def test_shard_whose_shape_differs_in_dimensions_of_one_fits(client, tmp_path):
     manifest = parse_manifest((client / "manifest.json").read_bytes(), "manifest")
     for shape in ((12,), (1, 12), (12, 1)):
-        check_shard(Shard(tmp_path, np.ones((2, *shape)), np.array([0, 3]), 0), manifest)
+        check_shard(Shard(tmp_path, [np.ones((2, *shape))], np.array([0, 3]), 0), manifest)
 
 
 def test_every_file_error_is_an_input_error():

@@ -51,7 +51,7 @@ class Reference:
         self.client_module, self.server_module = client.module, server.module
         self.client, self.server = flatten(client.module), flatten(server.module)
         shards = make_shards(config)
-        everything = np.concatenate([shard.x for shard in shards]).astype(np.float64)
+        everything = np.concatenate([shard.xs[0] for shard in shards]).astype(np.float64)
         self.mean, self.std = everything.mean(), everything.std()
         self.shards = shards
 
@@ -59,7 +59,7 @@ class Reference:
         shard = self.shards[device]
         size = self.config.devices.batch
         chosen = batch_indices(self.config.run.seed, device, number, size, shard.samples)
-        x = (shard.x[chosen].astype(np.float64) - self.mean) / self.std
+        x = (shard.xs[0][chosen].astype(np.float64) - self.mean) / self.std
         return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(shard.y[chosen])
 
     def round(self, number, factor):

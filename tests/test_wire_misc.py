@@ -163,8 +163,8 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "graph": {"sha256": sha256(GRAPH), "size_bytes": len(GRAPH)},
         "weights": {"sha256": sha256(WEIGHTS), "size_bytes": len(WEIGHTS)},
         "parameters": 7, "tensors": tensors,
-        "input": {"name": "x", "shape": [1, 2, 2], "dtype": "float32",
-                  "transform": {"mean": [0.5], "std": [2.0]}},
+        "inputs": [{"name": "x", "raw_shape": [2, 2], "shape": [1, 2, 2], "dtype": "float32",
+                    "transform": {"mean": [0.5], "std": [2.0]}}],
         "activation": {"name": "h", "shape": [3], "dtype": "float32"},
         "parity_max_relative_error": 0.0, "versions": {"torch": "2"},
     } | changes  # fmt: skip
@@ -185,7 +185,7 @@ def with_tensors(*tensors: dict[str, Any], parameters: int = 7) -> dict[str, Any
 
 
 def with_input(**changes: Any) -> dict[str, Any]:
-    return {"input": manifest()["input"] | changes}
+    return {"inputs": [manifest()["inputs"][0] | changes]}
 
 
 A, B, C = manifest()["tensors"]
@@ -218,7 +218,10 @@ LIES = {
     "empty input": with_input(shape=[0]),
     "mean of another size": with_input(transform={"mean": [1.0, 2.0], "std": [1.0]}),
     "std of another size": with_input(transform={"mean": [1.0], "std": [1.0] * 3}),
-    "no mean": with_input(transform={"mean": [], "std": [1.0]}),
+    "pool that does not divide": with_input(transform={"pool": 3}),
+    "pool that leaves too few": with_input(transform={"pool": 2}),
+    "integers with a transform": with_input(dtype="int64"),
+    "no input": {"inputs": []},
 }  # fmt: skip
 
 
@@ -230,7 +233,7 @@ def test_an_honest_manifest_is_accepted() -> None:
     bundle.initial_parameters()[0] = 1.0  # a fresh, writable array
     assert bundle.initial_parameters().tobytes() == WEIGHTS[:28]
     per_element = with_input(transform={"mean": [1.0] * 4, "std": [1.0] * 4})
-    assert parse_manifest(packed(**per_element), "here").input.transform.mean == [1.0] * 4
+    assert parse_manifest(packed(**per_element), "here").inputs[0].transform.mean == [1.0] * 4
 
 
 @pytest.mark.parametrize("changes", LIES.values(), ids=LIES.keys())
@@ -267,8 +270,10 @@ def test_truncated_and_altered_blobs_are_told_apart() -> None:
 
 def test_a_sample_is_transformed_in_float32_and_given_the_graphs_shape() -> None:
     x = np.array([[[0, 255], [51, 102]]], np.uint8)
-    one = InputSpec("x", [1, 2, 2], "float32", Transform([51.0], [102.0]))
-    each = InputSpec("x", [4], "float32", Transform([0.0, 255.0, 50.0, 0.0], [1.0, 1.0, 2.0, 3.0]))
+    one = InputSpec("x", [2, 2], [1, 2, 2], "float32", Transform(mean=[51.0], std=[102.0]))
+    each = InputSpec(
+        "x", [4], [4], "float32", Transform(mean=[0.0, 255.0, 50.0, 0.0], std=[1.0, 1.0, 2.0, 3.0])
+    )
     got = prepare_input(x, one)
     assert (got.dtype, got.shape) == (np.float32, (1, 1, 2, 2))
     assert got.ravel().tolist() == [-0.5, 2.0, 0.0, 0.5]

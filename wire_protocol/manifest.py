@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -56,19 +56,26 @@ class TensorSpec(_Strict, frozen=True):
 
 
 class Transform(_Strict, frozen=True):
-    """(x - mean) / std in float32; one number each, or one per element of a sample."""
+    """What makes a raw sample the graph's input; applied in the order of the fields, in float32.
 
-    mean: list[float]
-    std: list[float]
+    `mean` and `std` hold one number, or one per element of what the fields before have made.
+    """
+
+    channels_last: bool = False  # move the last dimension (colours) to the front
+    pool: Annotated[int, Meta(ge=1)] = 1  # average over pool x pool of the last two dimensions
+    scale: float = 1.0  # a factor
+    mean: list[float] = []  # subtracted; empty: nothing
+    std: list[float] = []  # divided by; empty: nothing
 
 
 class InputSpec(_Strict, frozen=True):
-    """A sample as the graph takes it (without the batch dimension), and how to get there."""
+    """One input of the graph; shapes are those of a sample, without the batch dimension."""
 
     name: str
-    shape: Dimensions
-    dtype: Literal["float32"]
-    transform: Transform
+    raw_shape: Dimensions  # as shards and data sets hold it
+    shape: Dimensions  # as the graph takes it
+    dtype: Literal["float32", "int64"]  # int64 (tokens) knows no transform
+    transform: Transform = Transform()
 
 
 class ActivationSpec(_Strict, frozen=True):
@@ -91,7 +98,7 @@ class Manifest(_Strict, frozen=True):
     weights: Blob
     parameters: Annotated[int, Meta(ge=0)]  # d_c: perturbed float32 elements, first in weights.bin
     tensors: list[TensorSpec]
-    input: InputSpec
+    inputs: Annotated[list[InputSpec], Meta(min_length=1, max_length=8)]
     activation: ActivationSpec
     parity_max_relative_error: float
     versions: dict[str, str]
@@ -141,12 +148,54 @@ def assemble(manifest_data: bytes, graph: bytes, weights: bytes, where: str) -> 
     return Bundle(sha256(manifest_data), manifest, graph, weights)
 
 
-def prepare_input(x: NDArray[np.generic], spec: InputSpec) -> NDArray[np.float32]:
-    """Raw samples (n, *shape) -> graph input (n, *spec.shape) float32, as declared."""
-    flat = x.reshape(len(x), -1).astype(np.float32)
-    mean = np.asarray(spec.transform.mean, np.float32)
-    std = np.asarray(spec.transform.std, np.float32)
+def prepare_input(x: NDArray[np.generic], spec: InputSpec) -> NDArray[Any]:
+    """Raw samples (n, *spec.raw_shape) -> graph input (n, *spec.shape) of spec.dtype, as declared.
+
+    float32 throughout, in a fixed order of operations: the same bits on every machine.
+    """
+    if spec.dtype == "int64":
+        return x.reshape(len(x), *spec.shape).astype(np.int64)
+    transform = spec.transform
+    values = x.reshape(len(x), *spec.raw_shape).astype(np.float32)
+    if transform.channels_last:
+        values = np.moveaxis(values, -1, 1)
+    if transform.pool > 1:
+        values = _pool(values, transform.pool)
+    flat = values.reshape(len(x), -1) * np.float32(transform.scale)
+    mean = np.asarray(transform.mean or [0.0], np.float32)
+    std = np.asarray(transform.std or [1.0], np.float32)
     return ((flat - mean) / std).reshape(len(x), *spec.shape)
+
+
+def prepare_inputs(
+    xs: Sequence[NDArray[np.generic]], specs: Sequence[InputSpec]
+) -> list[NDArray[Any]]:
+    """`prepare_input` of each input of a model."""
+    return [prepare_input(x, spec) for x, spec in zip(xs, specs, strict=True)]
+
+
+def _pool(values: NDArray[np.float32], pool: int) -> NDArray[np.float32]:
+    # Summed in a fixed order: numpy's own mean may add in another one on another machine.
+    total = np.zeros_like(values[..., ::pool, ::pool])
+    for row in range(pool):
+        for column in range(pool):
+            total += values[..., row::pool, column::pool]
+    return total * np.float32(1.0 / pool**2)
+
+
+def misfit(manifest: Manifest, xs: Sequence[NDArray[np.generic]]) -> str:
+    """Why raw samples xs[input] (n, *raw shape) do not fit the model; empty when they do."""
+    if len(xs) != len(manifest.inputs):
+        return f"samples have {len(xs)} arrays, model {manifest.model} takes {len(manifest.inputs)}"
+    for x, spec in zip(xs, manifest.inputs, strict=True):
+        if not same_shape(x.shape[1:], spec.raw_shape):
+            return (
+                f"samples have shape {x.shape[1:]}, model {manifest.model} takes "
+                f"{tuple(spec.raw_shape)}"
+            )
+        if spec.dtype == "int64" and x.dtype.kind not in "bui":
+            return f"samples are {x.dtype}, model {manifest.model} takes integers"
+    return ""
 
 
 def same_shape(have: tuple[int, ...], want: Sequence[int]) -> bool:
@@ -174,7 +223,30 @@ def _check_layout(manifest: Manifest, where: str) -> None:
         raise InputError(f"{where}: tensors add up to {expected} bytes, not the weights' size")
     if sum(t.size_bytes for t in parameters) != manifest.parameters * 4:
         raise InputError(f"{where}: 'parameters' does not match the tensors")
-    elements = math.prod(manifest.input.shape)
-    for values in (manifest.input.transform.mean, manifest.input.transform.std):
-        if len(values) not in (1, elements):
+    for spec in manifest.inputs:
+        _check_input(spec, where)
+
+
+def _check_input(spec: InputSpec, where: str) -> None:
+    if spec.dtype == "int64" and spec.transform != Transform():
+        raise InputError(f"{where}: input {spec.name} holds integers, which no transform fits")
+    pool, raw = spec.transform.pool, spec.raw_shape
+    if pool > 1 and (len(raw) < 2 or any(n % pool for n in _image(spec))):
+        raise InputError(
+            f"{where}: input {spec.name} of shape {raw} cannot be pooled by {pool}: its image "
+            "sides must be multiples of it"
+        )
+    elements = math.prod(spec.shape)
+    if elements * pool**2 != math.prod(raw):
+        raise InputError(
+            f"{where}: input {spec.name} makes {math.prod(raw) // pool**2} numbers of a sample, "
+            f"the graph takes {elements}"
+        )
+    for values in (spec.transform.mean, spec.transform.std):
+        if len(values) not in (0, 1, elements):
             raise InputError(f"{where}: transform has {len(values)} numbers for {elements} inputs")
+
+
+def _image(spec: InputSpec) -> list[int]:
+    """The two dimensions that pooling works on."""
+    return spec.raw_shape[-3:-1] if spec.transform.channels_last else spec.raw_shape[-2:]

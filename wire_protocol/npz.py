@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 import zipfile
 import zlib
@@ -33,6 +34,17 @@ def parse_npz(data: bytes, names: tuple[str, ...], where: str) -> dict[str, NDAr
         if not isinstance(arrays.get(name), np.ndarray):
             raise InputError(f"{where}: array {name!r} is missing")
     return arrays
+
+
+def input_name(stem: str, index: int) -> str:
+    """Name of the array that holds a model's input `index`: x, x_1, x_2, .."""
+    return f"{stem}_{index}" if index else stem
+
+
+def input_arrays(arrays: dict[str, NDArray[Any]], stem: str) -> list[NDArray[Any]]:
+    """The arrays of all inputs, in order: `stem`, then `stem`_1 and so on as far as there are."""
+    names = (input_name(stem, index) for index in itertools.count())
+    return [arrays[name] for name in itertools.takewhile(arrays.__contains__, names)]
 
 
 def _line(error: BaseException) -> str:
