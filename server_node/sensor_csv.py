@@ -77,47 +77,67 @@ def read_sensor_csv(path: Path, section: DataSection) -> Dataset:
 
 def _read(file: IO[str], path: Path, section: DataSection) -> tuple[_Columns, Rows]:
     reader = csv.reader(_lines(file, path), strict=True)
-    values, lines = array("f"), array("Q")
-    labels: dict[str, int] = {}
-    groups: dict[str, int] = {}
-    codes = array("q"), array("q"), array("q")
     try:
         columns = _header(next(reader, []), path, section)
-        places = list(columns.channels.values())
+        table = _Table(columns)
         for row in reader:
-            if not row:
-                continue
-            if len(row) != columns.width:
-                raise DataError(
-                    f"{path}:{reader.line_num}: {len(row)} fields, the first line has "
-                    f"{columns.width}"
-                )
-            try:
-                values.extend([float(row[place]) for place in places])
-            except ValueError as error:
-                raise DataError(_bad_number(row, columns, path, reader.line_num)) from error
-            label, group = row[columns.label].strip(), row[columns.group]
-            if not label:
-                raise DataError(f"{path}:{reader.line_num}: no label; remove the row or name it")
-            codes[0].append(labels.setdefault(label, len(labels)))
-            codes[1].append(groups.setdefault(group, len(groups)) if columns.group >= 0 else 0)
-            codes[2].append(_split(row, columns, path, reader.line_num))
-            lines.append(reader.line_num)
+            if row:
+                table.add(row, f"{path}:{reader.line_num}", reader.line_num)
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error})") from error
-    if not lines:
-        raise DataError(f"{path}: no rows below the first line")
-    table = np.frombuffer(values, np.float32).reshape(len(lines), len(places))
-    wrong = np.argwhere(~np.isfinite(table))
-    if len(wrong):
-        row_number, column = wrong[0]
-        raise DataError(
-            f"{path}:{lines[row_number]}: column {[*columns.channels][column]!r} is not a finite "
-            "number that float32 holds; correct it or remove the row"
+    return columns, table.rows(path)
+
+
+class _Table:
+    """Collects rows, compactly: numbers as float32, texts as numbers by first appearance."""
+
+    def __init__(self, columns: _Columns) -> None:
+        self._columns = columns
+        self._places = list(columns.channels.values())
+        self._values, self._lines = array("f"), array("Q")
+        self._labels: dict[str, int] = {}
+        self._groups: dict[str, int] = {}
+        self._label_codes, self._group_codes, self._splits = array("q"), array("q"), array("q")
+
+    def add(self, row: list[str], where: str, line: int) -> None:
+        """Take a row. Raises DataError."""
+        columns = self._columns
+        if len(row) != columns.width:
+            raise DataError(f"{where}: {len(row)} fields, the first line has {columns.width}")
+        try:
+            self._values.extend([float(row[place]) for place in self._places])
+        except ValueError as error:
+            raise DataError(f"{where}: {_bad_number(row, columns)}") from error
+        label = row[columns.label].strip()
+        group = row[columns.group] if columns.group >= 0 else ""
+        split = row[columns.split].strip() if columns.split >= 0 else "train"
+        if not label:
+            raise DataError(f"{where}: no label; give it one, or remove the row")
+        if split not in SPLITS:
+            raise DataError(f"{where}: column 'split' is {split[:40]!r}, neither train nor test")
+        self._label_codes.append(self._labels.setdefault(label, len(self._labels)))
+        self._group_codes.append(self._groups.setdefault(group, len(self._groups)))
+        self._splits.append(SPLITS[split])
+        self._lines.append(line)
+
+    def rows(self, path: Path) -> Rows:
+        """All of them. Raises DataError when there are none, or a number is not finite."""
+        if not self._lines:
+            raise DataError(f"{path}: no rows below the first line")
+        values = np.frombuffer(self._values, np.float32).reshape(-1, len(self._places))
+        wrong = np.argwhere(~np.isfinite(values))
+        if len(wrong):
+            row, column = wrong[0]
+            raise DataError(
+                f"{path}:{self._lines[row]}: column {[*self._columns.channels][column]!r} is not "
+                "a finite number that float32 holds; correct it or remove the row"
+            )
+        numbers, names = _class_numbers(list(self._labels))
+        labels, groups, splits = (
+            np.array(codes, np.int64)
+            for codes in (self._label_codes, self._group_codes, self._splits)
         )
-    numbers, names = _class_numbers(list(labels))
-    label_codes, group_codes, split_codes = (np.array(c, np.int64) for c in codes)
-    return columns, Rows(table, numbers[label_codes], group_codes, split_codes, names)
+        return Rows(values, numbers[labels], groups, splits, names)
 
 
 def _lines(file: IO[str], path: Path) -> Iterator[str]:
@@ -156,27 +176,17 @@ def _header(names: list[str], path: Path, section: DataSection) -> _Columns:
     return _Columns(len(names), channels, label, group, split)
 
 
-def _bad_number(row: list[str], columns: _Columns, path: Path, line: int) -> str:
+def _bad_number(row: list[str], columns: _Columns) -> str:
     for name, place in columns.channels.items():
         try:
             float(row[place])
         except ValueError:
             shown = repr(row[place][:40]) if row[place].strip() else "empty"
             return (
-                f"{path}:{line}: column {name!r} is {shown}, not a number; every column but label, "
-                "split and data.group is a channel"
+                f"column {name!r} is {shown}, not a number; every column but the label, split and "
+                "data.group is a channel: remove it, or set data.group to it"
             )
     raise AssertionError("some column was no number")
-
-
-def _split(row: list[str], columns: _Columns, path: Path, line: int) -> int:
-    if columns.split < 0:
-        return 0
-    code = SPLITS.get(row[columns.split].strip())
-    if code is None:
-        shown = row[columns.split][:40]
-        raise DataError(f"{path}:{line}: column 'split' is {shown!r}, neither train nor test")
-    return code
 
 
 def _class_numbers(labels: list[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:

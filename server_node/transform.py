@@ -147,10 +147,10 @@ def check_fit(config: Config, declared: Declared, wanted: Sequence[int]) -> None
     Dimensions of 1 do not count, and a flat sample takes any shape of as many elements.
     """
     if not _fits(declared.shape, wanted):
+        remedy = _remedy(config.data, declared.raw_shape, wanted)
         raise ConfigError(
             f"model {config.model.name}: takes samples of {dims(wanted)}, the data's are "
-            f"{dims(declared.shape)} after the declared transform"
-            f"{_remedy(config.data, declared.raw_shape, wanted)}"
+            f"{dims(declared.shape)} after the declared transform{remedy and f'; set {remedy}'}"
         )
 
 
@@ -170,7 +170,8 @@ def _hint(config: Config, declared: Declared, complaint: str) -> str:
     kind, _, argument = config.model.name.partition(":")
     width = argument.partition("-")[0]
     if kind == "mlp" and width.isdecimal():
-        return _remedy(config.data, declared.raw_shape, (int(width),))
+        remedy = _remedy(config.data, declared.raw_shape, (int(width),))
+        return remedy and f"; or set {remedy}"
     shape = declared.shape
     if str(shape) not in complaint:
         return ""
@@ -184,7 +185,7 @@ def _hint(config: Config, declared: Declared, complaint: str) -> str:
 
 
 def _remedy(section: DataSection, raw: tuple[int, ...], wanted: Sequence[int]) -> str:
-    """Which channels_last and pool would make of a raw sample what is wanted, if any do."""
+    """The fields to change so that a raw sample becomes what is wanted; empty: none does it."""
     have = {"channels_last": section.channels_last, "pool": section.pool}
     for channels_last in (section.channels_last, not section.channels_last):
         for pool in (section.pool, *_POOLS):
@@ -199,7 +200,7 @@ def _remedy(section: DataSection, raw: tuple[int, ...], wanted: Sequence[int]) -
                     for field, value in want.items()
                     if value != have[field]
                 ]
-                return f"; set {' and '.join(changes)}"
+                return " and ".join(changes)
     return ""
 
 
