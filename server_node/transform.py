@@ -51,9 +51,8 @@ def declare(
     """
     plain = msgspec.structs.replace(section, channels_last=False, pool=1, scale=1.0)
     sections = [section, *[plain] * (len(xs) - 1)]
-    return [
-        _declare(own, x, dtype) for own, x, dtype in zip(sections, xs, dtypes, strict=True)
-    ]  # fmt: skip
+    inputs = zip(sections, xs, dtypes, strict=True)
+    return [_declare(own, x, dtype) for own, x, dtype in inputs]
 
 
 def _declare(section: DataSection, x: NDArray[np.generic], dtype: str) -> Declared:
