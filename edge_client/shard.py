@@ -37,7 +37,8 @@ class Shard(NamedTuple):
 def load_shard(path: Path) -> Shard:
     """Read a shard without pickle. Raises ShardError."""
     try:
-        arrays = parse_npz(path.read_bytes(), ("x", "y"), str(path))
+        with path.open("rb") as file:
+            arrays = parse_npz(file, ("x", "y"), str(path))
     except OSError as error:
         raise ShardError(
             f"{path}: cannot be read ({error.strerror}); `musplit shard` writes shards"
@@ -52,7 +53,7 @@ def load_shard(path: Path) -> Shard:
             )
         if y.ndim != 1 or x.ndim < 1 or len(x) != len(y) or not len(y):
             raise ShardError(f"{path}: x {x.shape} and y {y.shape} need the same, non-zero, length")
-        if not np.isfinite(x).all():
+        if x.dtype.kind == "f" and not np.isfinite(x).all():
             raise ShardError(f"{path}: x holds values that are not finite; clean the data")
     return Shard(path, xs, y.astype(np.int64), _shard_index(path, arrays))
 

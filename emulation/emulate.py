@@ -53,7 +53,7 @@ def emulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
         address, broker = _start_broker(group, logs)
         server = _start_server(group, config, folder, address)
         # The server exports its model meanwhile.
-        data = load_dataset(config.data.source, config.data.holdout)
+        data = load_dataset(config.data)
         count, alpha, seed = config.devices.count, config.data.alpha, config.run.seed
         write_shards(data, count, alpha, seed, folder / "shards")
         devices = [_start_device(group, config, folder, address, index) for index in range(count)]

@@ -97,7 +97,7 @@ class InProcessFleet:
 
 def make_shards(config: Config) -> list[Shard]:
     """The shards that `musplit shard` would write for this configuration, in memory."""
-    data = load_dataset(config.data.source, config.data.holdout)
+    data = load_dataset(config.data)
     parts = partition(data.y_train, config.devices.count, config.data.alpha, config.run.seed)
     return [
         Shard(Path(f"shard {index}"), [x[part] for x in data.x_train], data.y_train[part], index)

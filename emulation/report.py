@@ -99,6 +99,8 @@ class ProgressView:
             case "round":
                 self._round(event)
             case "prepared":
+                for note in event["data_notes"]:
+                    self._say(f"data: {note}")
                 self._say(
                     f"exported: {event['parameters_client']} parameters on the device, "
                     f"{event['parameters_server']} on the server"

@@ -61,15 +61,22 @@ def export_model(
     *,
     seed: int,
     input_shape: tuple[int, ...] | None = None,
+    raw_shape: tuple[int, ...] | None = None,
     transform: Transform | None = None,
 ) -> Export:
-    """Write OUT/client and OUT/server. Raises ModelError, CutError or ParityError."""
+    """Write OUT/client and OUT/server. Raises ModelError, CutError or ParityError.
+
+    `transform` makes of raw samples of `raw_shape` what the model takes; none: they are the same.
+    """
     model = build_model(name, seed, input_shape)
     halves = cut_model(model, cut)
     graph = export_graph(halves.client, model.input_shape)
     parity = check_parity(graph, halves.client, model.input_shape, seed)
     weights, tensors = _pack(halves.client)
-    manifest = _client_manifest(model, cut, halves, graph, weights, tensors, transform, parity)
+    raw = raw_shape or model.input_shape
+    manifest = _client_manifest(
+        model, cut, halves, graph, weights, tensors, raw, transform, parity
+    )  # fmt: skip
     client, server = out / CLIENT_FOLDER, out / SERVER_FOLDER
     client.mkdir(parents=True, exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(manifest))
@@ -117,7 +124,8 @@ def fill_half(half: Half, weights: bytes) -> None:
 
 def _client_manifest(
     model: BuiltModel, cut: str, halves: Halves, graph: bytes, weights: bytes,
-    tensors: list[TensorSpec], transform: Transform | None, parity: float,
+    tensors: list[TensorSpec], raw_shape: tuple[int, ...], transform: Transform | None,
+    parity: float,
 ) -> Manifest:  # fmt: skip
     return Manifest(
         format="musplit-bundle/1",
@@ -132,7 +140,7 @@ def _client_manifest(
         inputs=[
             InputSpec(
                 INPUT_NAME,
-                list(model.input_shape),
+                list(raw_shape),
                 list(model.input_shape),
                 "float32",
                 transform or Transform(),

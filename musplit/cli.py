@@ -81,27 +81,51 @@ def export(
 
 @main.command()
 @click.argument("data")
-@click.option("--devices", required=True, type=click.IntRange(1), help="Number of shards.")
-@click.option("--alpha", default=0.0, type=FiniteRange(0), show_default=True,
-              help="Dirichlet concentration by label; 0 is iid, 0.1 very skewed.")  # fmt: skip
-@click.option("--seed", default=0, type=_SEED, show_default=True, help="As run.seed.")
-@click.option("--holdout", default=0.0, type=FiniteRange(0, 1, max_open=True),
-              show_default=True, help="Part of the training set to leave out.")  # fmt: skip
+@click.option("--devices", type=click.IntRange(1), help="Number of shards.")
+@click.option("--alpha", type=FiniteRange(0),
+              help="Dirichlet concentration by label; 0 is iid, 0.1 very skewed.  [default: 0]"
+              )  # fmt: skip
+@click.option("--seed", type=_SEED, help="As run.seed.  [default: 0]")
+@click.option("--holdout", type=FiniteRange(0, 1, max_open=True),
+              help="Part of the training set to leave out.  [default: 0]")  # fmt: skip
+@set_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out: Path) -> None:
+def shard(
+    data: str, devices: int | None, alpha: float | None, seed: int | None, holdout: float | None,
+    overrides: tuple[str, ...], out: Path,
+) -> None:  # fmt: skip
     """Write the data shards that boards carry: OUT/shard-000.npz and so on.
 
-    DATA is 'digits', an npz file with x_train, y_train, x_test, y_test, or a folder of IDX files.
+    DATA is a run's configuration (.toml), whose data, seed and number of devices are used, or a
+    data source: 'digits', an npz file, a folder of IDX files, a folder of images by class, or a
+    CSV of sensor readings.
 
     \b
+    musplit shard experiments/digits.toml --out shards
     musplit shard digits --devices 8 --out shards
     musplit shard fashion/ --devices 8 --alpha 0.5 --out shards
+    musplit shard walks.csv --set data.window=64 --devices 4 --out shards
     """
     with guarded():
+        from server_node.config import load_config
         from server_node.datasets import load_dataset
         from server_node.partition import write_shards
+        from wire_protocol.messages import printable
 
-        for path in write_shards(load_dataset(data, holdout), devices, alpha, seed, out):
+        file = Path(data) if data.endswith(".toml") else None
+        if file is None and devices is None:
+            fail("--devices: how many shards? Only a configuration (.toml) says so itself", 3)
+        given = [] if file else [f"data.source={data}"]
+        given += [] if holdout is None else [f"data.holdout={holdout}"]
+        config = load_config(file, [*given, *overrides])
+        dataset = load_dataset(config.data)
+        for note in dataset.notes:
+            say(printable(f"data: {note}"))
+        for path in write_shards(
+            dataset, devices or config.devices.count,
+            config.data.alpha if alpha is None else alpha,
+            config.run.seed if seed is None else seed, out,
+        ):  # fmt: skip
             print(path)
 
 
@@ -208,7 +232,8 @@ def broker(listen: str, insecure: bool) -> None:
 
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
-@click.option("--data", help="Data set: 'digits', an npz file, or a folder of IDX files.")
+@click.option("--data", help="Data set: 'digits', an .npz or .csv file, a folder of IDX files "
+              "or of images by class.")  # fmt: skip
 @set_option
 @click.option("--rounds", type=int, help="Same as --set run.rounds=N.")
 @click.option("--clients", type=int, help="Same as --set devices.count=N.")

@@ -22,6 +22,8 @@ def _json(event: dict[str, Any]) -> None:
 def _text(event: dict[str, Any]) -> None:
     match event["event"]:
         case "prepared":
+            for note in event["data_notes"]:
+                say(printable(f"data: {note}"))
             say(
                 f"run folder {event['folder']}: {event['parameters_client']} parameters on the "
                 f"device, {event['parameters_server']} on the server"

@@ -32,7 +32,8 @@ RULES: Final = {
     "edge_client": Room({"wire_protocol"}, {"numpy", "psutil"}),
     "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime"}),
     "server_node": Room(
-        {"wire_protocol", "export"}, {"numpy", "msgspec", "torch", "sklearn", "matplotlib"}
+        {"wire_protocol", "export"},
+        {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL"},
     ),
     "emulation": Room(
         {"wire_protocol", "edge_client", "export", "server_node"}, {"numpy", "amqtt", "rich"}

@@ -55,9 +55,16 @@ class DataSection(_Section, frozen=True):
     """What it is trained on."""
 
     source: str = "digits"
+    channels_last: bool = False
+    pool: AtLeast1 = 1
+    scale: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
     standardise: Literal["none", "global", "feature"] = "global"
     alpha: NotNegative = 0.0
     holdout: Fraction = 0.0
+    window: Count = 0
+    stride: Count = 0
+    label: str = "label"
+    group: str = ""
 
 
 class DevicesSection(_Section, frozen=True):
@@ -137,21 +144,22 @@ class Config(_Section, frozen=True):
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
 
 
-def load_config(path: Path, overrides: list[str]) -> Config:
-    """Read a TOML file and apply `section.key=value` overrides. Raises ConfigError."""
+def load_config(path: Path | None, overrides: list[str]) -> Config:
+    """Read a TOML file, if any, and apply `section.key=value` overrides. Raises ConfigError."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _override(tree, override)
+    where = "--set" if path is None else str(path)
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}; see docs/configuration.md") from error
-    _check(config, path)
+        raise ConfigError(f"{where}: {_explain(error)}; see docs/configuration.md") from error
+    _check(config, where)
     return config
 
 
@@ -200,11 +208,11 @@ def _explain(error: msgspec.ValidationError) -> str:
     return f"{where.strip('`.')}: {what}" if where else what
 
 
-def _check(config: Config, path: Path) -> None:
+def _check(config: Config, where: str) -> None:
     try:
         check_name(config.run.fleet, "run.fleet")
     except InputError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     count, drawn = config.devices.count, config.participants
     commit_bytes = (drawn + 16) * _ENTRY_BYTES + drawn * 4 * config.method.directions_client
     problems = {
@@ -227,4 +235,4 @@ def _check(config: Config, path: Path) -> None:
     }
     for problem, holds in problems.items():
         if holds:
-            raise ConfigError(f"{path}: {problem}")
+            raise ConfigError(f"{where}: {problem}")

@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from export.cuts import Half
-from server_node.datasets import Dataset
 from server_node.errors import DataError
 from server_node.half import Scores, ServerHalf
+from server_node.samples import Dataset
 from wire_protocol.manifest import Manifest, misfit, prepare_inputs
 
 _ROWS: Final = 1024

@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from server_node.datasets import Dataset
 from server_node.errors import DataError
+from server_node.samples import Dataset
 from wire_protocol.npz import input_name
 
 _ATTEMPTS: Final = 1000

@@ -18,13 +18,14 @@ from export.cuts import Halves
 from export.exporter import Export, export_model, fill_half, load_halves
 from export.server_half import read_server_half
 from server_node.config import Config, to_toml
-from server_node.datasets import fit_transform, load_dataset
+from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
 from server_node.evaluation import Evaluator
 from server_node.half import ServerHalf
 from server_node.journal import JOURNAL_FILE, Header
 from server_node.ledger import Ledger
 from server_node.run import Outbox, Run
+from server_node.transform import check_fit, declare, explained
 from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.toml"
@@ -43,6 +44,8 @@ class Experiment(NamedTuple):
     server_weights: NDArray[np.float32]
     server_weights_sha256: str
     blobs: list[bytes]  # manifest, graph, weights of the client bundle
+    class_names: tuple[str, ...]  # by class number; empty: the data has only numbers
+    data_notes: tuple[str, ...]  # what was made of the data's source
 
     @property
     def manifest_bytes(self) -> bytes:
@@ -59,13 +62,15 @@ def prepare(config: Config, folder: Path) -> Experiment:
     torch.set_num_threads(config.server.threads)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
-    data = load_dataset(config.data.source, config.data.holdout)
-    shape = tuple(config.model.input_shape) or data.x_train[0].shape[1:]
-    exported = export_model(
-        config.model.name, config.model.cut, folder, seed=config.run.seed,
-        input_shape=shape,
-        transform=fit_transform(data.x_train[0], config.data.standardise),
-    )  # fmt: skip
+    data = load_dataset(config.data)
+    declared = declare(config.data, data.x_train[:1], ["float32"])[0]
+    with explained(config, declared):
+        exported = export_model(
+            config.model.name, config.model.cut, folder, seed=config.run.seed,
+            input_shape=tuple(config.model.input_shape) or declared.shape,
+            raw_shape=declared.raw_shape, transform=declared.transform,
+        )  # fmt: skip
+    check_fit(config, declared, exported.manifest.inputs[0].shape)
     halves = load_halves(exported.server)
     server_manifest, server_weights = read_server_half(exported.server)
     blobs = [
@@ -75,7 +80,7 @@ def prepare(config: Config, folder: Path) -> Experiment:
     evaluator = Evaluator(halves.client, exported.manifest, data)
     return Experiment(
         config, folder, exported, halves, evaluator, server_weights,
-        server_manifest.weights.sha256, blobs,
+        server_manifest.weights.sha256, blobs, data.class_names, data.notes,
     )  # fmt: skip
 
 

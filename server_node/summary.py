@@ -44,6 +44,7 @@ def summarise(
         "model": config.model.name,
         "cut": config.model.cut,
         "data": config.data.source,
+        "class_names": list(experiment.class_names) or None,
         "parameters_client": experiment.exported.manifest.parameters,
         "parameters_server": experiment.exported.server_parameters,
         "seconds": round(main.seconds, 3),

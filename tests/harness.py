@@ -26,7 +26,7 @@ from typing import Any, Final, NamedTuple, Self
 import psutil
 
 from emulation.inprocess import InProcessFleet
-from server_node.config import load_config
+from server_node.config import DataSection, load_config
 from server_node.datasets import load_dataset
 from server_node.partition import write_shards
 from server_node.prepare import prepare
@@ -97,7 +97,7 @@ def _pairs(overrides: Overrides) -> list[str]:
 
 def make_shards(folder: Path, count: int = 2) -> list[Path]:
     """The shards of digits that a run with seed 0 uses."""
-    return write_shards(load_dataset("digits"), count, 0.0, 0, folder)
+    return write_shards(load_dataset(DataSection()), count, 0.0, 0, folder)
 
 
 def undisturbed(overrides: Overrides) -> Digests:

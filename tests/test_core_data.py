@@ -7,23 +7,29 @@ import numpy as np
 import pytest
 
 from edge_client.shard import load_shard
-from server_node.datasets import fit_transform, load_dataset
+from server_node.config import DataSection
+from server_node.datasets import load_dataset
 from server_node.errors import DataError
 from server_node.partition import partition, write_shards
+from server_node.transform import declare
 from wire_protocol.manifest import InputSpec, prepare_input
 
 LABELS = np.repeat(np.arange(10), 30)
 
 
+def load(source, holdout=0.0):
+    return load_dataset(DataSection(source=str(source), holdout=holdout))
+
+
 def refusal(source, holdout=0.0):
     with pytest.raises(DataError) as caught:
-        load_dataset(str(source), holdout)
+        load(source, holdout)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_digits_are_split_the_same_way_always():
-    one, other = load_dataset("digits"), load_dataset("digits")
+    one, other = load("digits"), load("digits")
     assert (len(one.y_train), len(one.y_test)) == (1438, 359)
     assert one.x_train[0].shape == (1438, 64)
     assert all(np.array_equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
@@ -43,7 +49,7 @@ def write_npz(path, save=np.savez, **arrays):
 
 
 def test_npz_is_read_as_it_is(tmp_path):
-    data = load_dataset(str(write_npz(tmp_path / "d.npz")))
+    data = load(write_npz(tmp_path / "d.npz"))
     np.testing.assert_array_equal(data.x_train[0], np.arange(60).reshape(10, 6))
     assert (data.x_train[0].dtype, data.y_train.dtype) == (np.uint8, np.int64)
     assert data.y_test.tolist() == [0, 1, 2, 0]
@@ -87,11 +93,11 @@ def test_truncated_npz_is_refused(tmp_path, save):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_with_an_altered_byte_is_refused_or_reads_the_same_never_crashes(tmp_path, save):
     path = write_npz(tmp_path / "d.npz", save)
-    data, want = path.read_bytes(), load_dataset(str(path))
+    data, want = path.read_bytes(), load(path)
     for position in range(0, len(data), 2):
         path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
         try:
-            got = load_dataset(str(path))
+            got = load(path)
         except DataError:
             continue
         assert all(np.array_equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
@@ -129,7 +135,7 @@ def write_idx(folder, *, packed=False):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_folder_is_read_plain_and_packed(tmp_path, packed):
-    data = load_dataset(str(write_idx(tmp_path / "idx", packed=packed)))
+    data = load(write_idx(tmp_path / "idx", packed=packed))
     np.testing.assert_array_equal(data.x_train[0], np.arange(72).reshape(6, 3, 4))
     assert data.y_train.tolist() == [0, 1, 2, 0, 1, 2]
     assert data.x_test[0].shape == (4, 3, 4)
@@ -176,9 +182,13 @@ def test_idx_folder_that_says_gz_and_is_not_is_refused(tmp_path):
 # -- standardisation
 
 
+def fitted(x, how):
+    return declare(DataSection(standardise=how), [x], ["float32"])[0].transform
+
+
 def standardised(x, how):
     """Samples as the graph sees them."""
-    transform = fit_transform(x, how)
+    transform = fitted(x, how)
     return prepare_input(
         x, InputSpec("input", list(x.shape[1:]), list(x.shape[1:]), "float32", transform)
     )
@@ -195,7 +205,7 @@ def test_global_gives_all_elements_together_mean_0_and_deviation_1():
     assert abs(out.mean()) < 1e-4
     assert abs(out.std() - 1) < 1e-4
     assert out.shape == x.shape
-    assert len(fit_transform(x, "global").mean) == 1
+    assert len(fitted(x, "global").mean) == 1
 
 
 def test_feature_gives_each_element_mean_0_and_deviation_1():
@@ -210,7 +220,7 @@ def test_feature_gives_each_element_mean_0_and_deviation_1():
 @pytest.mark.parametrize("how", ["global", "feature"])
 def test_constant_feature_becomes_0_and_keeps_its_scale(constant, dtype, how):
     x = np.full((1000, 2), constant, dtype)
-    assert set(fit_transform(x, how).std) == {1.0}
+    assert set(fitted(x, how).std) == {1.0}
     np.testing.assert_allclose(standardised(x, how), 0, atol=1e-6)
 
 
@@ -222,12 +232,12 @@ def test_holdout_splits_the_training_set_and_leaves_the_test_set_out(tmp_path, h
     x = np.arange(200).reshape(100, 2)
     path = write_npz(tmp_path / "d.npz", x_train=x, y_train=np.arange(100),
                      x_test=np.full((4, 2), 999))  # fmt: skip
-    data = load_dataset(str(path), holdout)
+    data = load(path, holdout)
     assert len(data.y_test) == round(100 * holdout)
     assert sorted([*data.y_train, *data.y_test]) == list(range(100))
     np.testing.assert_array_equal(data.x_train[0], x[data.y_train])
     np.testing.assert_array_equal(data.x_test[0], x[data.y_test])
-    again = load_dataset(str(path), holdout)
+    again = load(path, holdout)
     np.testing.assert_array_equal(data.y_test, again.y_test)
     assert data.y_test.tolist() != sorted(data.y_test.tolist())
 
@@ -288,7 +298,7 @@ def test_every_device_gets_its_minimum():
 
 
 def test_written_shards_are_what_boards_read(tmp_path):
-    data = load_dataset(str(write_npz(tmp_path / "d.npz")))
+    data = load(write_npz(tmp_path / "d.npz"))
     paths = write_shards(data, 3, 0.0, 0, tmp_path / "shards")
     assert [path.name for path in paths] == ["shard-000.npz", "shard-001.npz", "shard-002.npz"]
     shards = [load_shard(path) for path in paths]

@@ -1,13 +1,12 @@
-"""Reading npz archives from outside, without pickle: bytes in, arrays or one error out."""
+"""Reading npz archives from outside, without pickle: a file in, arrays or one error out."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import struct
 import zipfile
 import zlib
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
@@ -20,19 +19,25 @@ _DAMAGE: Final = (
     OSError, ValueError, EOFError, TypeError, KeyError, AttributeError, RuntimeError,
     MemoryError, struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+# Names that an error lists.
+_NAMED: Final = 8
 
 
-def parse_npz(data: bytes, names: tuple[str, ...], where: str) -> dict[str, NDArray[Any]]:
-    """All arrays of an archive; those in `names` must be there. Raises InputError."""
+def parse_npz(file: IO[bytes], names: tuple[str, ...], where: str) -> dict[str, NDArray[Any]]:
+    """All arrays of an open archive; those in `names` must be there. Raises InputError.
+
+    Read in pieces: beside the arrays nothing of their size is held.
+    """
     try:
-        archive = np.load(io.BytesIO(data), allow_pickle=False)
+        archive = np.load(file, allow_pickle=False)
         files = archive.files if isinstance(archive, NpzFile) else []
         arrays = {name: archive[name] for name in files}
     except _DAMAGE as error:
         raise InputError(f"{where}: not a readable npz file ({_line(error)})") from error
     for name in names:
         if not isinstance(arrays.get(name), np.ndarray):
-            raise InputError(f"{where}: array {name!r} is missing")
+            there = ", ".join(map(repr, [*arrays][:_NAMED])) or "nothing"
+            raise InputError(f"{where}: array {name!r} is missing; the file holds {there}")
     return arrays
 
 
