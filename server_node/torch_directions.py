@@ -76,9 +76,7 @@ class TorchSigns:
             begin, end = 8 * first, min(total, 8 * (first + octets.shape[1]))
             signs = self._signs.index_select(0, octets.reshape(-1).int()).view(rows, -1)
             # scale * sign is exact, so there is one rounding, fused or not.
-            torch.addcmul(
-                base[:, begin:end], signs[:, : end - begin], scale, out=out[:, begin:end]
-            )
+            torch.addcmul(base[:, begin:end], signs[:, : end - begin], scale, out=out[:, begin:end])
 
 
 def _signed(value: int) -> int:
