@@ -18,6 +18,7 @@ from server_node.journal import RoundClosed, read_journal
 from server_node.machine import environment
 from server_node.prepare import prepare
 from server_node.replay import replay
+from server_node.torch_directions import TorchSigns
 
 CPU = torch.device("cpu")
 
@@ -112,8 +113,11 @@ class Company:
 
 
 def test_scalars_do_not_depend_on_who_shares_the_batch_or_joins_it_later():
-    """With convolutions of one row the CPU's kernels are others than with four: hence all rows."""
+    """Kernels may depend on how many are computed, so that is the same in every batch too."""
     together, apart = Company(4), Company(4)
+    rows = []
+    compute = apart.half._outputs
+    apart.half._outputs = lambda weights, h: (rows.append(len(weights)), compute(weights, h))[1]
     for _ in range(3):
         together.step(0, 1, 2, 3)
     apart.step(2)
@@ -124,6 +128,7 @@ def test_scalars_do_not_depend_on_who_shares_the_batch_or_joins_it_later():
     apart.step(0, 1)
     assert apart.done == together.done
     assert together.done[0] != together.done[1]
+    assert set(rows) == {8}  # both sides of four
 
 
 def test_batched_steps_are_close_to_single_ones():
@@ -159,6 +164,19 @@ def measure(company, device, differences):
     return company.half.measure(
         device, company.batches[device], differences.astype(np.float32), company.done[device]
     )
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_the_gpus_signs_give_the_same_scalars_on_the_cpu(replicas):
+    """What a GPU adds its directions with runs on any torch device."""
+    want, got = Company(replicas), Company(replicas)
+    got.half._signs = TorchSigns(CPU)
+    for company in (want, got):
+        company.step(0)
+        company.step(*range(replicas))
+        company.step(replicas - 1)
+    assert got.done == want.done
+    assert len(got.done[0]) >= 2
 
 
 def test_signs_are_the_same_for_more_directions_than_are_kept():
@@ -229,13 +247,17 @@ def test_the_trace_shows_each_step_of_a_batch_once_and_slots_apart(batched):
 
 def test_padding_counts_once_a_batch(tmp_path, monkeypatch):
     """Three devices, two steps each, whose frames are all there: two batches."""
-    config = tiny_config("server.replicas=3", "server.min_step_s=1000", "run.rounds=1")
+    config = tiny_config(
+        "server.replicas=3", "server.min_step_s=1000", "server.threads=2", "run.rounds=1"
+    )
     experiment = prepare(config, tmp_path)
     slept = []
     monkeypatch.setattr(run_module.time, "sleep", slept.append)
     run = play(experiment, tmp_path / "run")
     assert len(slept) == 2
     assert run.ledger.server_steps == 6
+    assert run.header.environment["torch_threads"] == "2"
+    assert torch.get_num_threads() == 2  # evaluation leaves them alone
 
 
 def test_more_replicas_than_devices_of_a_round_are_refused():
