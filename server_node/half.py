@@ -116,9 +116,9 @@ class ServerHalf:
         """
         h = torch.linspace(-1.0, 1.0, int(np.prod(shape)), device=self._device).reshape(*shape)
         self._perturbed.copy_(self._base)
-        want = self._module(h)
+        want = self._module(h.clone())
         try:
-            got = self._outputs(self._perturbed, h.expand(len(self._perturbed), *shape))
+            got = self._outputs(self._perturbed, h.expand(len(self._perturbed), *shape).clone())
             error = float((got - want).abs().max())
         except Exception as cause:  # the half may be the user's own
             why = next(iter(str(cause).splitlines()), type(cause).__name__)

@@ -272,17 +272,17 @@ class Branches(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-@pytest.mark.parametrize("batches", [True, False])
-def test_a_half_that_cannot_be_batched_is_refused(batches):
+def test_a_half_that_cannot_be_batched_is_refused():
     half = ServerHalf(
-        nn.Sequential(nn.Linear(4, 3), nn.Tanh() if batches else Branches()),
-        np.ones(15, np.float32), run_seed=0, lam=1e-3, directions=1, device=CPU, replicas=2,
+        nn.Sequential(nn.Linear(4, 3), Branches()), np.ones(15, np.float32), run_seed=0, lam=1e-3,
+        directions=1, device=CPU, replicas=2,
     )  # fmt: skip
-    if batches:
+    with pytest.raises(ConfigError, match=r"server\.replicas: .*vmap.*replicas=1"):
         half.check_batching((8, 4))
-    else:
-        with pytest.raises(ConfigError, match=r"server\.replicas: .*vmap.*replicas=1"):
-            half.check_batching((8, 4))
+
+
+def test_a_half_whose_first_layer_works_in_place_can_be_batched():
+    Company(2).half.check_batching((8, 6, 14, 14))
 
 
 def test_switches_of_the_libraries_are_recorded(monkeypatch):
