@@ -18,6 +18,7 @@ class Rules(NamedTuple):
     deadline_s: float  # 0: none
     rejoin_s: float
     stall_s: float
+    replicas: int = 1  # steps of as many devices may be computed at once
 
 
 # -- actions: what the driver must do, in order
@@ -91,10 +92,11 @@ Action = OpenRound | Remind | Reply | CloseRound | Ignore | Finish
 
 
 class Step(NamedTuple):
-    """Server step `step` of tau for a device."""
+    """Server step `step` of tau for a device, in its slot of `replicas`."""
 
     device: int
     step: int
+    slot: int = 0
 
 
 class Measure(NamedTuple):

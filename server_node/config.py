@@ -104,6 +104,7 @@ class ServerSection(_Section, frozen=True):
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: AtLeast1 = 1
+    replicas: AtLeast1 = 1
     min_step_s: Seconds = 0.0
 
 
@@ -226,6 +227,9 @@ def _check(config: Config, where: str) -> None:
         ),
         "round.quorum: needs round.deadline_s > 0; without a deadline a round waits for all": (
             config.round.quorum > 0 and config.round.deadline_s == 0
+        ),
+        f"server.replicas: {config.server.replicas} exceed the {drawn} devices of a round": (
+            config.server.replicas > drawn
         ),
         "round.stall_s: must exceed round.rejoin_s and round.deadline_s": (
             config.round.stall_s <= max(config.round.rejoin_s, config.round.deadline_s)

@@ -37,6 +37,7 @@ BARREN_ROUNDS: Final = 5
 class _Share:
     """Progress of one participant in the open round."""
 
+    rank: int  # among the participants
     activation: bool = False
     server_scalars: list[list[float]] = field(default_factory=list)
     received: dict[int, int] = field(default_factory=dict)  # first k -> directions of the group
@@ -174,10 +175,24 @@ class Coordinator:
             if share.dropped or share.complete:
                 continue
             if len(share.server_scalars) < self._rules.tau:
-                stepping = stepping or Step(device, len(share.server_scalars))
+                stepping = stepping or self._step(device, share)
             elif share.unmeasured:
                 return Measure(device, min(share.unmeasured))
         return stepping
+
+    def batch(self, first: Step) -> list[Step]:
+        """The steps to compute at once: `first`, and of each other slot the device that came first.
+
+        A device's slot is its rank among the round's participants, modulo the replicas: it does
+        not depend on who arrived when.
+        """
+        steps = {first.slot: first}
+        for device in self._queue:
+            share = self._shares[device]
+            if not share.dropped and len(share.server_scalars) < self._rules.tau:
+                step = self._step(device, share)
+                steps.setdefault(step.slot, step)
+        return list(steps.values())
 
     def wake_s(self) -> float | None:
         """When `tick` must be called at the latest, or None."""
@@ -195,6 +210,9 @@ class Coordinator:
         return any(not self._delivered(share) for _, share in self._live())
 
     # -- inside ------------------------------------------------------------------------------
+
+    def _step(self, device: int, share: _Share) -> Step:
+        return Step(device, len(share.server_scalars), share.rank % self._rules.replicas)
 
     def _awaited(self, device: int, round_number: int) -> _Share | Ignore:
         share = self._shares.get(device)
@@ -264,7 +282,7 @@ class Coordinator:
         chosen = draw_participants(
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )
-        self._shares = {device: _Share() for device in chosen}
+        self._shares = {device: _Share(rank) for rank, device in enumerate(chosen)}
         return [OpenRound(number, chosen)] if chosen else []
 
     def _finish(self, outcome: Outcome, detail: str) -> list[Action]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from export.cuts import Half
 from server_node.errors import DataError
+from server_node.flat import parameter_views
 from server_node.half import Scores, ServerHalf
 from server_node.samples import Dataset
 from wire_protocol.manifest import Manifest, misfit, prepare_inputs
@@ -36,11 +37,8 @@ class Evaluator:
     @torch.inference_mode()
     def scores(self, client_weights: NDArray[np.float32], server: ServerHalf) -> Scores:
         """Loss and accuracy of client weights (d_c,) with the server's base weights."""
-        offset = 0
-        for parameter in self._module.parameters():
-            part = client_weights[offset : offset + parameter.numel()]
-            parameter.copy_(torch.from_numpy(part.reshape(tuple(parameter.shape))))
-            offset += parameter.numel()
+        for _, parameter, view in parameter_views(self._module, torch.from_numpy(client_weights)):
+            parameter.copy_(view)
         parts = [
             self._module(*(torch.from_numpy(x[first : first + _ROWS]) for x in self._xs)).numpy()
             for first in range(0, len(self._labels), _ROWS)

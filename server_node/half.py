@@ -1,15 +1,16 @@
 """The server half: tau unbalanced zeroth-order steps, loss differences, evaluation.
 
-Memory is constant in the number of devices: a base, one working copy and one scratch vector. A
-device's copy x_s^m is a function of the base and its journaled scalars, so it is rebuilt when the
-server comes back to that device (MU-SplitFed keeps M replicas instead; arXiv 2510.21155, alg. 1).
+Memory is constant in the number of devices: a base, R working copies and the scratch for their
+perturbations. A device's copy x_s^m is a function of the base and its journaled scalars, so it is
+rebuilt when the server comes back to that device (MU-SplitFed keeps M replicas instead;
+arXiv 2510.21155, alg. 1). R = 1 unless the configuration asks for steps in batches.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +18,22 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from server_node.torch_directions import torch_add_scaled
-from wire_protocol.directions import DirectionGenerator, DirectionId, Stream
+from server_node.errors import ConfigError
+from server_node.flat import aligned_rows, bind, parameter_views
+from server_node.signs import NumpySigns, Signs
+from server_node.torch_directions import TorchSigns
+from wire_protocol.directions import DirectionId, Stream
 from wire_protocol.estimator import step_scale
 
 # Loss differences are measured in batches of at most this many activations.
 _MEASURE_ROWS: Final = 4096
 _EVALUATE_ROWS: Final = 1024
+# Directions of a step whose signs are kept for its update: as large as one float32 vector.
+_DIRECTIONS_KEPT: Final = 32
+# Batched and single outputs come from different kernels; float32 agrees far better than this.
+_BATCHED_RELATIVE_ERROR: Final = 1e-4
 
 Vector = NDArray[np.float32]
-AddScaled = Callable[[DirectionId, float, torch.Tensor, torch.Tensor], None]
 
 
 class ActivationBatch(NamedTuple):
@@ -34,6 +41,15 @@ class ActivationBatch(NamedTuple):
 
     h: torch.Tensor
     labels: torch.Tensor
+
+
+class Turn(NamedTuple):
+    """A device's next step: where in the batch it is computed, and the scalars of those before."""
+
+    slot: int
+    device: int
+    batch: ActivationBatch
+    done: list[list[float]]
 
 
 class Scores(NamedTuple):
@@ -44,58 +60,107 @@ class Scores(NamedTuple):
 
 
 class ServerHalf:
-    """Weights and arithmetic of the server half on one torch device."""
+    """Weights and arithmetic of the server half on one torch device.
+
+    With `replicas` R > 1 the steps of up to R devices are computed at once. The batch has R places
+    whether all are taken or not, and a device's place does not depend on what else is computed:
+    its scalars have the same bits in whatever company.
+    """
 
     def __init__(
         self, module: nn.Module, weights: Vector, *, run_seed: int, lam: float,
-        directions: int, device: torch.device,
+        directions: int, device: torch.device, replicas: int = 1,
     ) -> None:  # fmt: skip
         self._run_seed = run_seed
         self._lam = lam
         self._directions = directions
         self._device = device
+        self._replicas = replicas
         self._module = module.to(device).eval()
-        self._add_scaled = torch_add_scaled if device.type == "cuda" else _numpy_add_scaled()
-        # torch.empty aligns to 64 bytes: kernels, and so bits, do not depend on the allocation.
-        self._base = torch.empty(len(weights), device=device)
-        self._working = torch.empty_like(self._base)
-        self._scratch = torch.empty_like(self._base)
+        self._signs: Signs = TorchSigns(device) if device.type == "cuda" else NumpySigns()
+        self._base = aligned_rows(1, len(weights), device)[0]
+        self._working = aligned_rows(replicas, len(weights), device)
+        # Both sides of every copy; a single copy has them one after the other.
+        sides = 1 if replicas == 1 else 2 * replicas
+        self._perturbed = aligned_rows(sides, len(weights), device)
+        self._scratch = self._perturbed[0]
+        self._batches: ActivationBatch | None = None  # of both sides: (2 R, batch, ...)
         self._eta = 0.0
         self._round = -1
-        self._copy_of: tuple[int, int] | None = None  # device and steps that `_working` holds
-        _bind(self._module, self._scratch)
+        # Device and steps of the copies that the rows of `_working`, and `_scratch`, hold.
+        self._held: list[tuple[int, int] | None] = [None] * replicas
+        self._scratch_holds: tuple[int, int] | None = None
+        bind(self._module, self._scratch)
+        self._outputs = torch.func.vmap(self._output)
         self.load(weights)
 
     def load(self, weights: Vector) -> None:
         """Take over the base weights (d_s,)."""
         self._base.copy_(torch.from_numpy(weights))
-        self._copy_of = None
+        self._forget()
 
     def start_round(self, number: int, eta: float) -> None:
         """Steps from here on belong to this round and have this size."""
-        self._round, self._eta, self._copy_of = number, eta, None
+        self._round, self._eta = number, eta
+        self._forget()
 
     def place(self, h: Vector, labels: NDArray[np.uint32]) -> ActivationBatch:
         """Copy what a frame brought into aligned memory of this device."""
         return ActivationBatch(self._tensor(h), self._labels(labels))
 
     @torch.inference_mode()
-    def step(self, device: int, batch: ActivationBatch, done: list[list[float]]) -> list[float]:
-        """The next step of `device` after the steps `done`; returns its K_s scalars.
+    def check_batching(self, shape: Sequence[int]) -> None:
+        """Try a batched forward on made-up activations of `shape` (batch, *activation shape).
+
+        Raises ConfigError when the half cannot be computed in batches, or gives other numbers.
+        """
+        h = torch.linspace(-1.0, 1.0, int(np.prod(shape)), device=self._device).reshape(*shape)
+        self._perturbed.copy_(self._base)
+        want = self._module(h.clone())
+        try:
+            got = self._outputs(self._perturbed, h.expand(len(self._perturbed), *shape).clone())
+            error = float((got - want).abs().max())
+        except Exception as cause:  # the half may be the user's own
+            why = next(iter(str(cause).splitlines()), type(cause).__name__)
+            raise ConfigError(
+                f"server.replicas: torch.func.vmap cannot compute this server half ({why}); "
+                "use --set server.replicas=1"
+            ) from cause
+        if not error <= _BATCHED_RELATIVE_ERROR * max(1.0, float(want.abs().max())):
+            raise ConfigError(
+                f"server.replicas: the outputs of this server half differ by {error:.1e} between "
+                "steps in a batch and steps one by one; use --set server.replicas=1"
+            )
+
+    @torch.inference_mode()
+    def steps(self, turns: Sequence[Turn]) -> list[list[float]]:
+        """The next step of each device, all slots distinct; returns the K_s scalars of each.
 
         scalars[k] = L(x + lam u_k; h) - L(x - lam u_k; h), then x -= eta mean_k(...) u_k.
         """
-        self._become(device, done)
-        origin = self._direction(device, len(done))
-        scalars: list[float] = []
+        for turn in turns:
+            self._take(turn)
+        # An empty place computes on what is left there; nobody reads its result.
+        origins = [self._direction(0, 0)] * self._replicas
+        for turn in turns:
+            origins[turn.slot] = self._direction(turn.device, len(turn.done))
+        kept: list[Any] = []
+        scalars: list[list[float]] = [[] for _ in turns]
         for k in range(self._directions):
-            direction = origin._replace(k=k)
-            self._add_scaled(direction, self._lam, self._working, self._scratch)
-            plus = self._loss(batch)
-            self._add_scaled(direction, -self._lam, self._working, self._scratch)
-            scalars.append(_float32(plus - self._loss(batch)))
-        self._apply(device, len(done), scalars)
-        self._copy_of = (device, len(done) + 1)
+            packed = self._draw(origins, k)
+            if k < _DIRECTIONS_KEPT:
+                kept.append(packed)
+            plus, minus = self._sides(turns, packed)
+            for turn, row in zip(turns, scalars, strict=True):
+                row.append(_float32(plus[turn.slot] - minus[turn.slot]))
+        for k in range(self._directions):
+            scales = [0.0] * self._replicas
+            for turn, row in zip(turns, scalars, strict=True):
+                scales[turn.slot] = self._addend(row[k])
+            packed = kept[k] if k < len(kept) else self._draw(origins, k)
+            self._signs.add(packed, scales, self._working, self._working)
+        for turn in turns:
+            self._held[turn.slot] = (turn.device, len(turn.done) + 1)
         return scalars
 
     @torch.inference_mode()
@@ -103,8 +168,7 @@ class ServerHalf:
         self, device: int, batch: ActivationBatch, differences: Vector, done: list[list[float]]
     ) -> list[float]:
         """L(x_s^tau; h + d/2) - L(x_s^tau; h - d/2) for each d of `differences` (K, *h.shape)."""
-        self._become(device, done)
-        self._scratch.copy_(self._working)
+        self._copy_into_scratch(device, done)
         rows = len(batch.labels)
         group = max(1, _MEASURE_ROWS // (2 * rows))
         scalars: list[float] = []
@@ -120,6 +184,7 @@ class ServerHalf:
     def evaluate(self, h: Vector, labels: NDArray[np.int64]) -> Scores:
         """Scores of the base weights on activations h (n, *activation shape)."""
         self._scratch.copy_(self._base)
+        self._scratch_holds = None
         loss = right = 0.0
         for first in range(0, len(labels), _EVALUATE_ROWS):
             part = labels[first : first + _EVALUATE_ROWS]
@@ -130,26 +195,91 @@ class ServerHalf:
             right += int((logits.argmax(1) == truth).sum())
         return Scores(loss / len(labels), right / len(labels))
 
-    def _become(self, device: int, done: list[list[float]]) -> None:
-        """Make `_working` the copy of `device` after the steps `done`."""
-        if self._copy_of == (device, len(done)):
-            return
-        self._working.copy_(self._base)
-        for step, scalars in enumerate(done):
-            self._apply(device, step, scalars)
-        self._copy_of = (device, len(done))
+    # -- copies ------------------------------------------------------------------------------
 
-    def _apply(self, device: int, step: int, scalars: list[float]) -> None:
-        scale = step_scale(self._eta, self._lam, self._directions)
-        origin = self._direction(device, step)
-        for k, delta in enumerate(scalars):
-            self._add_scaled(origin._replace(k=k), -scale * delta, self._working, self._working)
+    def _forget(self) -> None:
+        self._held = [None] * self._replicas
+        self._scratch_holds = None
+
+    def _take(self, turn: Turn) -> None:
+        """Make the row of a slot the copy of its device, and its batch the device's."""
+        want = (turn.device, len(turn.done))
+        if self._held[turn.slot] == want:
+            return
+        self._rebuild(self._working[turn.slot : turn.slot + 1], turn.device, turn.done)
+        self._held[turn.slot] = want
+        if self._replicas == 1:
+            return
+        if self._batches is None:
+            sides = 2 * self._replicas
+            h, labels = turn.batch
+            self._batches = ActivationBatch(
+                h.new_zeros(sides, *h.shape), labels.new_zeros(sides, *labels.shape)
+            )
+        for row in (turn.slot, self._replicas + turn.slot):
+            self._batches.h[row] = turn.batch.h
+            self._batches.labels[row] = turn.batch.labels
+
+    def _copy_into_scratch(self, device: int, done: list[list[float]]) -> None:
+        """Make `_scratch` the copy of `device` after the steps `done`; other copies stay."""
+        want = (device, len(done))
+        if self._scratch_holds == want:
+            return
+        if want in self._held:
+            self._scratch.copy_(self._working[self._held.index(want)])
+        else:
+            self._rebuild(self._perturbed[:1], device, done)
+        self._scratch_holds = want
+
+    def _rebuild(self, row: torch.Tensor, device: int, done: list[list[float]]) -> None:
+        """Make `row` (1, d_s) the copy of `device` after the steps `done`."""
+        row.copy_(self._base)
+        for step, scalars in enumerate(done):
+            origin = self._direction(device, step)
+            for k, delta in enumerate(scalars):
+                self._signs.add(self._draw([origin], k), [self._addend(delta)], row, row)
+
+    def _addend(self, delta: float) -> float:
+        return -step_scale(self._eta, self._lam, self._directions) * delta
 
     def _direction(self, device: int, step: int) -> DirectionId:
         return DirectionId(self._run_seed, Stream.SERVER_HALF, device, self._round, step, 0)
 
-    def _loss(self, batch: ActivationBatch) -> float:
-        return float(self._losses(batch.h, batch.labels).double().mean())
+    def _draw(self, origins: list[DirectionId], k: int) -> Any:
+        return self._signs.draw([o._replace(k=k) for o in origins], self._base.shape[0])
+
+    # -- losses ------------------------------------------------------------------------------
+
+    def _sides(self, turns: Sequence[Turn], packed: Any) -> tuple[list[float], list[float]]:
+        """Mean losses of every slot at x + lam u and at x - lam u.
+
+        The half gets a copy of h: its first layer may work in place.
+        """
+        self._scratch_holds = None
+        count = self._replicas
+        sides = []
+        if count == 1:
+            for lam in (self._lam, -self._lam):
+                self._signs.add(packed, [lam], self._working, self._perturbed)
+                losses = self._losses(turns[0].batch.h.clone(), turns[0].batch.labels)
+                sides.append([float(losses.double().mean())])
+            return sides[0], sides[1]
+        assert self._batches is not None  # a turn was taken
+        self._signs.add(packed, [self._lam] * count, self._working, self._perturbed[:count])
+        self._signs.add(packed, [-self._lam] * count, self._working, self._perturbed[count:])
+        logits = self._outputs(self._perturbed, self._batches.h.clone())
+        labels = self._batches.labels
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none"
+        ).reshape(labels.shape)
+        means: list[float] = losses.double().mean(dim=1).tolist()
+        return means[:count], means[count:]
+
+    def _output(self, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """The half with weights (d_s,) on h (batch, ...): logits (batch, classes)."""
+        state = {name: view for name, _, view in parameter_views(self._module, weights)}
+        logits: torch.Tensor = torch.func.functional_call(self._module, state, (h,))
+        return logits
 
     def _losses(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self._module(h), labels, reduction="none")
@@ -162,27 +292,6 @@ class ServerHalf:
 
     def _labels(self, labels: NDArray[np.uint32] | NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(labels.astype(np.int64)).to(self._device)
-
-
-def _bind(module: nn.Module, flat: torch.Tensor) -> None:
-    """Make the module's parameters views of `flat`, in order."""
-    offset = 0
-    for parameter in module.parameters():
-        size = parameter.numel()
-        parameter.data = flat[offset : offset + size].view(parameter.shape)
-        parameter.requires_grad_(False)
-        offset += size
-
-
-def _numpy_add_scaled() -> AddScaled:
-    generator = DirectionGenerator()
-
-    def add_scaled(
-        direction: DirectionId, scale: float, base: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        generator.add_scaled(direction, scale, base.numpy(), out.numpy())
-
-    return add_scaled
 
 
 def _float32(value: float) -> float:

@@ -38,6 +38,7 @@ class Header(Struct, frozen=True, tag="run", forbid_unknown_fields=True):
     config_sha256: str
     server_device: str
     server_threads: int
+    server_replicas: int
     environment: dict[str, str]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from server_node.journal import (
     RoundClosed,
 )
 from server_node.recorder import Recorder, RoundMetrics, Traffic
-from server_node.trace import COMPUTE, ROUNDS, SERVER_PID, Trace
+from server_node.trace import ROUNDS, SERVER_PID, Trace
 from wire_protocol.frames import Frame
 from wire_protocol.manifest import sha256
 from wire_protocol.messages import Report
@@ -75,17 +76,18 @@ class Ledger:
         """A frame was late, a duplicate, or refused."""
         self._frames[kind] += 1
 
-    def worked(self, work: Work, number: int, begin_s: float, *, waiting: bool) -> None:
-        """A piece of work of round `number` was done; `waiting`: while frames were awaited."""
+    def worked(self, pieces: Sequence[Work], number: int, begin_s: float, *, waiting: bool) -> None:
+        """Pieces of work of round `number` were done at once; `waiting`: frames were awaited."""
         seconds = time.monotonic() - begin_s
         self.busy_s += seconds
         self.busy_waiting_s += seconds if waiting else 0.0
-        step = isinstance(work, Step)
-        self.server_steps += step
-        self._trace.span(
-            SERVER_PID, COMPUTE, "step" if step else "measure", begin_s + self._unix_offset_s,
-            seconds, round=number, **work._asdict(),
-        )  # fmt: skip
+        for work in pieces:
+            step = isinstance(work, Step)
+            self.server_steps += step
+            self._trace.work(
+                "step" if step else "measure", begin_s + self._unix_offset_s, seconds,
+                round=number, **work._asdict(),
+            )  # fmt: skip
 
     def committed(self, record: RoundClosed) -> None:
         """A round was closed: before anybody is told."""

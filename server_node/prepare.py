@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import secrets
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +22,13 @@ from server_node.evaluation import Evaluator
 from server_node.half import ServerHalf
 from server_node.journal import JOURNAL_FILE, Header
 from server_node.ledger import Ledger
+from server_node.machine import environment, fix_arithmetic
 from server_node.run import Outbox, Run
 from server_node.transform import check_fit, declare, explained
 from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
 
 CONFIG_FILE = "config.toml"
 CONTROL_FOLDER = "control"
-_VERSIONED = ("musplit", "torch", "numpy", "onnxruntime", "onnx", "paho-mqtt", "msgspec")
 
 
 class Experiment(NamedTuple):
@@ -57,9 +55,7 @@ def prepare(config: Config, folder: Path) -> Experiment:
     """Make the run folder: configuration as run, client and server halves. Raises InputErrors."""
     if any((place / JOURNAL_FILE).exists() for place in (folder, folder / CONTROL_FOLDER)):
         raise ConfigError(f"{folder}: holds a run already; give another --out, or remove it")
-    if config.server.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("server.device: no CUDA device here; use --set server.device=cpu")
-    torch.set_num_threads(config.server.threads)
+    fix_arithmetic(config.server)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     data = load_dataset(config.data)
@@ -73,6 +69,9 @@ def prepare(config: Config, folder: Path) -> Experiment:
     check_fit(config, declared, exported.manifest.inputs[0].shape)
     halves = load_halves(exported.server)
     server_manifest, server_weights = read_server_half(exported.server)
+    if config.server.replicas > 1:
+        shape = (config.devices.batch, *exported.manifest.activation.shape)
+        _server_half(config, halves, server_weights).check_batching(shape)
     blobs = [
         (exported.client / name).read_bytes() for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
     ]
@@ -101,23 +100,22 @@ def open_run(
         manifest_sha256=experiment.exported.digest,
         server_weights_sha256=experiment.server_weights_sha256, config_sha256=config.sha256(),
         server_device=config.server.device, server_threads=config.server.threads,
-        environment=environment(),
+        server_replicas=config.server.replicas, environment=environment(),
     )  # fmt: skip
     client = np.frombuffer(
         experiment.blobs[2], "<f4", experiment.exported.manifest.parameters
     ).astype(np.float32)
     server = experiment.server_weights.copy()
-    half = ServerHalf(
-        experiment.halves.server.module, server, run_seed=config.run.seed, lam=config.method.lam,
-        directions=config.method.directions_server, device=torch.device(config.server.device),
-    )  # fmt: skip
+    half = _server_half(config, experiment.halves, server)
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator, client, server,
         Ledger(folder, header, devices), outbox, notify,
     )  # fmt: skip
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine: part of a run's identity."""
-    versions = {name: version(name) for name in _VERSIONED}
-    return {"python": platform.python_version(), "machine": platform.machine(), **versions}
+def _server_half(config: Config, halves: Halves, weights: NDArray[np.float32]) -> ServerHalf:
+    return ServerHalf(
+        halves.server.module, weights, run_seed=config.run.seed, lam=config.method.lam,
+        directions=config.method.directions_server, device=torch.device(config.server.device),
+        replicas=config.server.replicas,
+    )  # fmt: skip

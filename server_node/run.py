@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from server_node.actions import (
     CloseRound,
     Finish,
     Ignore,
+    Measure,
     OpenRound,
     Outcome,
     Remind,
@@ -30,7 +31,7 @@ from server_node.config import Config
 from server_node.coordinator import Coordinator
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
-from server_node.half import ActivationBatch, Scores, ServerHalf
+from server_node.half import ActivationBatch, Scores, ServerHalf, Turn
 from server_node.journal import Header, RoundClosed, Share
 from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
@@ -103,7 +104,7 @@ class Run:
             run_seed=self.config.run.seed, rounds=self.config.run.rounds,
             participants=self.config.participants, tau=method.tau, directions=self.directions,
             quorum=rule.quorum, deadline_s=rule.deadline_s, rejoin_s=rule.rejoin_s,
-            stall_s=rule.stall_s,
+            stall_s=rule.stall_s, replicas=self.config.server.replicas,
         )  # fmt: skip
         self._coordinator = Coordinator(rules, devices, time.monotonic())
         self._perform(self._coordinator.start(time.monotonic()))
@@ -166,31 +167,46 @@ class Run:
     # -- work --------------------------------------------------------------------------------
 
     def work(self) -> bool:
-        """Compute one piece of work; False when there is none."""
+        """Compute one piece of work, or a batch of steps; False when there is none."""
         work = self._coordinator.next_work() if self._coordinator is not None else None
         if work is None or self._coordinator is None or self.finished:
             return False
         waiting = self._coordinator.waiting
         begin_s = time.monotonic()
         number = self._coordinator.round
-        actions = self._compute(work, self._coordinator)
-        self.ledger.worked(work, number, begin_s, waiting=waiting)
+        pieces: Sequence[Work]
+        if isinstance(work, Step):
+            pieces = steps = self._coordinator.batch(work)
+            actions = self._step(steps, self._coordinator)
+        else:
+            pieces = [work]
+            actions = self._measure(work, self._coordinator)
+        self.ledger.worked(pieces, number, begin_s, waiting=waiting)
         self._perform(actions)
         return True
 
-    def _compute(self, work: Work, coordinator: Coordinator) -> list[Action]:
+    def _step(self, steps: list[Step], coordinator: Coordinator) -> list[Action]:
         begin_s = time.monotonic()
-        done = self._stepped.setdefault(work.device, [])
-        batch = self._batches[work.device]
-        if isinstance(work, Step):
-            scalars = self._half.step(work.device, batch, done)
-            done.append(scalars)
-            pad_s = self.config.server.min_step_s - (time.monotonic() - begin_s)
-            if pad_s > 0:
-                time.sleep(pad_s)
-            return coordinator.stepped(work.device, scalars, time.monotonic())
-        differences = self._differences.pop((work.device, work.first_k))
-        scalars = self._half.measure(work.device, batch, differences, done)
+        turns = [
+            Turn(s.slot, s.device, self._batches[s.device], self._stepped.setdefault(s.device, []))
+            for s in steps
+        ]
+        rows = self._half.steps(turns)
+        pad_s = self.config.server.min_step_s - (time.monotonic() - begin_s)
+        if pad_s > 0:
+            time.sleep(pad_s)
+        actions: list[Action] = []
+        for turn, scalars in zip(turns, rows, strict=True):
+            turn.done.append(scalars)
+            # Only the last can close the round: those behind it are not complete.
+            actions += coordinator.stepped(turn.device, scalars, time.monotonic())
+        return actions
+
+    def _measure(self, work: Measure, coordinator: Coordinator) -> list[Action]:
+        scalars = self._half.measure(
+            work.device, self._batches[work.device],
+            self._differences.pop((work.device, work.first_k)), self._stepped[work.device],
+        )  # fmt: skip
         return coordinator.measured(work.device, work.first_k, scalars, time.monotonic())
 
     # -- actions -----------------------------------------------------------------------------

@@ -67,6 +67,7 @@ def summarise(
         "broker_protocol": broker,
         "server_device": config.server.device,
         "server_threads": config.server.threads,
+        "server_replicas": config.server.replicas,
         "device_threads": config.devices.threads,
         "versions": run.header.environment,
     }

@@ -20,6 +20,7 @@ DEVICES_PID: Final = 2
 COMPUTE: Final = 1
 NETWORK: Final = 2
 ROUNDS: Final = 3
+_SLOTS: Final = 10  # slot 1 and up of a batch; slot 0 is COMPUTE
 
 
 class Trace:
@@ -31,6 +32,7 @@ class Trace:
         self._file.write("[")
         self._separator = "\n"
         self._named: set[int] = set()
+        self._slots_named: set[int] = set()
         self._name("process_name", SERVER_PID, 0, "server")
         self._name("thread_name", SERVER_PID, COMPUTE, "compute")
         self._name("thread_name", SERVER_PID, NETWORK, "network")
@@ -45,6 +47,16 @@ class Trace:
             {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": round(start_s * 1e6, 1),
              "dur": round(seconds * 1e6, 1), "args": args}
         )  # fmt: skip
+
+    def work(
+        self, name: str, start_s: float, seconds: float, *, slot: int = 0, **args: object
+    ) -> None:
+        """The server's work: the steps of a batch stand beside each other, a thread per slot."""
+        tid = _SLOTS + slot if slot else COMPUTE
+        if slot and slot not in self._slots_named:
+            self._slots_named.add(slot)
+            self._name("thread_name", SERVER_PID, tid, f"compute, slot {slot}")
+        self.span(SERVER_PID, tid, name, start_s, seconds, **args)
 
     def instant(self, name: str, at_s: float, **args: object) -> None:
         """Something that arrived at, or left, the server."""

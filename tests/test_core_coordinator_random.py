@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from server_node.actions import CloseRound, Finish, Ignore, OpenRound, Outcome, Remind, Reply
+from server_node.actions import CloseRound, Finish, Ignore, OpenRound, Outcome, Remind, Reply, Step
 
 DEVICES = st.integers(0, 4)
 SETTINGS = settings(
@@ -21,7 +21,7 @@ class AnythingHappens(RuleBasedStateMachine):
     @initialize(
         participants=st.integers(1, 5), directions=st.integers(0, 3), tau=st.integers(1, 3),
         deadline_s=st.sampled_from([0.0, 5.0]), quorum=st.integers(0, 2),
-        rejoin_s=st.sampled_from([0.0, 10.0]),
+        rejoin_s=st.sampled_from([0.0, 10.0]), replicas=st.integers(1, 3),
     )  # fmt: skip
     def open(self, **rules):
         self.open_round = None
@@ -47,8 +47,9 @@ class AnythingHappens(RuleBasedStateMachine):
     def compute(self, times, poison):
         for _ in range(times):
             work = self.desk.machine.next_work()
-            if work is not None:
-                self.check(self.desk.compute(work, poison))
+            pieces = self.desk.machine.batch(work) if isinstance(work, Step) else [work]
+            for piece in pieces if work else []:
+                self.check(self.desk.compute(piece, poison))
 
     @rule(device=DEVICES)
     def leave(self, device):

@@ -21,7 +21,7 @@ from server_node.journal import (
 HEADER = Header(
     run=(1 << 63) - 1, run_seed=3, lam=1e-3, manifest_sha256="a" * 64,
     server_weights_sha256="b" * 64, config_sha256="c" * 64, server_device="cpu",
-    server_threads=1, environment={"numpy": "2.0", "machine": "é"},
+    server_threads=1, server_replicas=1, environment={"numpy": "2.0", "machine": "é"},
 )  # fmt: skip
 SHARE = Share(1, 0.5, struct.pack("<2f", 0.25, -1e-7), struct.pack("<3f", 1.0, 2.0, 3.0), 1)
 RECORDS = [

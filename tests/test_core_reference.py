@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from emulation.inprocess import make_shards
 from export.cuts import cut_model
 from export.zoo import BuiltModel, build_model
-from server_node.half import ServerHalf
+from server_node.half import ServerHalf, Turn
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import prepare
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
@@ -164,6 +164,10 @@ class Bench:
         self.h = forward(self.client_module, self.client, self.x)
         self.batch = self.half.place(self.h.detach().numpy(), self.y.numpy().astype(np.uint32))
 
+    def step(self, device, done):
+        [scalars] = self.half.steps([Turn(0, device, self.batch, done)])
+        return scalars
+
     def gradients(self, server):
         """Of the loss of both halves, at the initial client weights and these server weights."""
         client = self.client.clone().requires_grad_()
@@ -187,7 +191,7 @@ def test_server_scalars_are_directional_derivatives_at_each_step():
     size, server, done = len(bench.server), bench.server, []
     bench.half.start_round(5, eta=0.05)
     for step in range(3):
-        scalars = bench.half.step(2, bench.batch, done)
+        scalars = bench.step(2, done)
         us = [signs(Stream.SERVER_HALF, 2, 5, step, k, size) for k in range(8)]
         assert_derivatives(scalars, bench.gradients(server)[1], us, bench.lam)
         server = server - 0.05 / 8 * sum(
@@ -201,7 +205,7 @@ def test_client_scalars_are_directional_derivatives_through_both_halves_after_th
     bench.half.start_round(0, eta=0.5)
     done, server = [], bench.server
     for step in range(4):
-        done.append(bench.half.step(1, bench.batch, done))
+        done.append(bench.step(1, done))
         u = signs(Stream.SERVER_HALF, 1, 0, step, 0, len(server))
         server = server - 0.5 * done[-1][0] / (2 * bench.lam) * u
     us = [signs(Stream.CLIENT_HALF, 1, 0, 0, k, len(bench.client)) for k in range(8)]
@@ -226,11 +230,11 @@ def test_a_working_copy_is_rebuilt_exactly_when_the_server_comes_back_to_a_devic
     for device in (0, 1):
         alone[device] = []
         for _ in range(3):
-            alone[device].append(bench.half.step(device, bench.batch, alone[device]))
+            alone[device].append(bench.step(device, alone[device]))
     turns = {0: [], 1: []}
     for _ in range(3):
         for device in (1, 0):
-            turns[device].append(bench.half.step(device, bench.batch, turns[device]))
+            turns[device].append(bench.step(device, turns[device]))
     assert turns == alone
     assert alone[0] != alone[1]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from server_node.torch_directions import torch_add_scaled, torch_words
+from server_node.torch_directions import TorchSigns, torch_words
 from wire_protocol.directions import (
     DirectionGenerator,
     DirectionId,
@@ -128,11 +128,18 @@ def test_a_backward_slice_is_refused(start: int, stop: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scale", [1e-3, -0.37, 1e-41])
+@pytest.mark.parametrize("scale", [1e-3, -0.37, 1e-41, 0.0, -0.0, -1e-60])
 def test_add_scaled_is_one_rounded_addition_an_element(size: int, scale: float) -> None:
     generator = DirectionGenerator()
     base = vector(size)
+    base[1::5] = -0.0
     want = base + np.float32(scale) * generator.signs(EXTREME[0], 0, size)
+    octets = generator.signs_packed(EXTREME[0], size)
+    assert octets.shape == (-(-size // 8),)
+    packed = np.full_like(base, np.nan)
+    generator.add_packed(octets, -scale, base, packed)
+    generator.add_packed(octets, scale, base, packed)
+    assert packed.tobytes() == want.tobytes()
     out = np.full_like(base, np.nan)
     untouched = base.copy()
     generator.add_scaled(EXTREME[0], scale, base, out)
@@ -145,21 +152,43 @@ def test_add_scaled_is_one_rounded_addition_an_element(size: int, scale: float) 
 @pytest.mark.parametrize("direction", [ORIGIN, *EXTREME])
 @pytest.mark.parametrize("first_block", [0, 5, 2**40])
 def test_torch_words_have_the_bits_of_numpys(direction: DirectionId, first_block: int) -> None:
-    got = torch_words(direction, first_block, 9, torch.device("cpu"))
-    want = DirectionGenerator().words(direction, first_block, 9)
-    assert got.numpy().astype("<i8").tobytes() == want.astype("<u8").tobytes()
+    assert_torch_words_alike(direction, first_block, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+@pytest.mark.parametrize("direction", [ORIGIN, *EXTREME])
+@pytest.mark.parametrize("first_block", [0, 5, 2**40])
+def test_words_of_a_gpu_have_the_bits_of_numpys(direction: DirectionId, first_block: int) -> None:
+    assert_torch_words_alike(direction, first_block, "cuda")
+
+
+def assert_torch_words_alike(direction: DirectionId, first_block: int, device: str) -> None:
+    """Alone, and beside directions that differ from it in every field."""
+    others = [direction, *EXTREME, ORIGIN]
+    both = torch_words(others, first_block, 9, torch.device(device)).cpu()
+    alone = torch_words([direction], first_block, 9, torch.device(device)).cpu()
+    assert torch.equal(both[:1], alone)
+    for got, one in zip(both, others, strict=True):
+        want = DirectionGenerator().words(one, first_block, 9)
+        assert got.numpy().astype("<i8").tobytes() == want.astype("<u8").tobytes()
 
 
 def assert_torch_adds_alike(
     direction: DirectionId, size: int, device: str, scale: float = 0.0123
 ) -> None:
-    base = vector(size)
+    """Two rows with their own directions and scales, into another tensor and in place."""
+    directions, scales = [direction, direction._replace(k=1)], [scale, -0.5]
+    base = np.stack([vector(size), vector(size)[::-1]])
     want = np.empty_like(base)
-    DirectionGenerator().add_scaled(direction, scale, base, want)
+    for row in range(2):
+        DirectionGenerator().add_scaled(directions[row], scales[row], base[row], want[row])
     tensor = torch.from_numpy(base.copy()).to(device)
     out = torch.empty_like(tensor)
-    torch_add_scaled(direction, scale, tensor, out)
-    torch_add_scaled(direction, scale, tensor, tensor)
+    signs = TorchSigns(torch.device(device))
+    packed = signs.draw(directions, size)
+    signs.add(packed, scales, tensor, out)
+    signs.add(packed, scales, tensor, tensor)
     assert out.cpu().numpy().tobytes() == want.tobytes()
     assert tensor.cpu().numpy().tobytes() == want.tobytes()
 
@@ -201,7 +230,7 @@ def test_a_field_that_does_not_fit_is_refused(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=r"2\*\*64"):
         DirectionGenerator().signs(direction, 0, 1)
     with pytest.raises(ValueError, match=r"2\*\*64"):
-        torch_words(direction, 0, 1, torch.device("cpu"))
+        torch_words([direction], 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("batch", "samples"), [(1, 1), (4, 12), (5, 12), (12, 12), (30, 12)])
