@@ -34,6 +34,7 @@ class FiniteRange(click.FloatRange):
 SECONDS = FiniteRange(0)
 _EXTRAS = {
     "torch": "server", "onnx": "server", "onnxscript": "server", "matplotlib": "server",
+    "safetensors": "server",
     "amqtt": "emulation", "rich": "emulation", "sklearn": "emulation",
 }  # fmt: skip
 

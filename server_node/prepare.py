@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.cuts import Halves
-from export.exporter import Export, export_model, fill_half, load_halves
+from export.exporter import Export, export_model
+from export.inputs import SampleArray
 from export.server_half import read_server_half
 from server_node.config import Config, to_toml
 from server_node.datasets import fit_transform, load_dataset
@@ -60,23 +61,25 @@ def prepare(config: Config, folder: Path) -> Experiment:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     data = load_dataset(config.data.source, config.data.holdout)
-    shape = tuple(config.model.input_shape) or data.x_train[0].shape[1:]
     exported = export_model(
         config.model.name, config.model.cut, folder, seed=config.run.seed,
-        input_shape=shape,
-        transform=fit_transform(data.x_train[0], config.data.standardise),
+        input_shape=config.model.input_shape,
+        arrays=[_sample_array(x, config.data.standardise) for x in data.x_train],
+        weights=Path(config.model.weights) if config.model.weights else None,
     )  # fmt: skip
-    halves = load_halves(exported.server)
     server_manifest, server_weights = read_server_half(exported.server)
     blobs = [
         (exported.client / name).read_bytes() for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
     ]
-    fill_half(halves.client, blobs[2])
-    evaluator = Evaluator(halves.client, exported.manifest, data)
+    evaluator = Evaluator(exported.halves.client, exported.manifest, data)
     return Experiment(
-        config, folder, exported, halves, evaluator, server_weights,
+        config, folder, exported, exported.halves, evaluator, server_weights,
         server_manifest.weights.sha256, blobs,
     )  # fmt: skip
+
+
+def _sample_array(x: NDArray[np.generic], standardise: str) -> SampleArray:
+    return SampleArray(x.shape[1:], x.dtype.kind in "bui", fit_transform(x, standardise))
 
 
 def open_run(
