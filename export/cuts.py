@@ -133,6 +133,9 @@ def build_half(traced: Traced, nodes: list[fx.Node], given: list[fx.Node], resul
             copied.meta = {}
             if "device" in copied.kwargs:  # constants are made where the input is
                 copied.kwargs = {**copied.kwargs, "device": device}
+            # A view that fits the strides of one device's kernels may not fit another's.
+            if copied.target is torch.ops.aten.view.default:
+                copied.target = torch.ops.aten.reshape.default
             values[node] = copied
     graph.output(values[result])
     graph.eliminate_dead_code()
@@ -236,10 +239,10 @@ def _carried_fault(traced: Traced, value: Any) -> str:
     """Why no frame carries what crosses."""
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
         return f"what crosses is {getattr(value, 'dtype', 'not one tensor')}, not float32"
-    shape = "x".join("batch" if isinstance(n, torch.SymInt) else str(n) for n in value.shape)
+    shape = "x".join(str(n) if type(n) is int else "batch" for n in value.shape)
     if not value.ndim or not is_batch(traced, value.shape[0]):
         return f"what crosses has shape {shape or '()'}: the batch is not its first dimension"
-    if not all(isinstance(size, int) for size in value.shape[1:]):
+    if any(type(size) is not int for size in value.shape[1:]):
         return f"what crosses has shape {shape}: the batch is in several dimensions"
     # A frame of differences adds the direction to the activation's dimensions.
     if value.ndim + 1 > MAX_DIMS:
@@ -250,7 +253,7 @@ def _carried_fault(traced: Traced, value: Any) -> str:
 def _absent(traced: Traced, cut: str) -> str:
     known = {name for name, _ in traced.model.module.named_modules(remove_duplicate=False)}
     if cut and cut.partition("@")[0] in known:
-        return "that module computes nothing there that the output depends on"
+        return "that module computes nothing there that the input reaches and the output needs"
     return "the model has no module of that name"
 
 

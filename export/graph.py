@@ -76,7 +76,24 @@ def to_onnx(
         cause = error.__cause__ or error
         raise ModelError(f"cannot be exported to ONNX: {first_line(cause)}") from error
     assert program is not None  # dynamo=True without a file returns the program
-    return bytes(program.model_proto.SerializeToString())
+    proto = program.model_proto
+    _strip(proto)
+    return bytes(proto.SerializeToString())
+
+
+def _strip(proto: Any) -> None:
+    """Take out what torch notes of its tracing: paths and counters, different in each export."""
+    del proto.metadata_props[:]
+    graphs = [proto.graph, *proto.functions]
+    while graphs:
+        graph = graphs.pop()
+        del graph.metadata_props[:]
+        for held in (*graph.node, *graph.value_info, *getattr(graph, "initializer", ())):
+            del held.metadata_props[:]
+            held.doc_string = ""
+        for value in (*graph.input, *graph.output) if graph is proto.graph else ():
+            del value.metadata_props[:]
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
 
 
 def check_parity(graph: bytes, half: Half, inputs: Sequence[InputSpec], seed: int) -> float:

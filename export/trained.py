@@ -44,7 +44,7 @@ class Trained(NamedTuple):
     max_relative_error: float
 
 
-class _Raw(nn.Module):
+class RawModel(nn.Module):
     """The model on raw samples: `wire_protocol.manifest.prepare_input` in torch, then the model."""
 
     def __init__(self, model: nn.Module, inputs: list[InputSpec]) -> None:
@@ -83,7 +83,7 @@ def export_trained(
     inputs = bundle.manifest.inputs
     with plain_attention():
         graph = to_onnx(
-            _Raw(module, inputs).eval(),
+            RawModel(module, inputs).eval(),
             tuple(torch.zeros(2, *i.raw_shape, dtype=TORCH_DTYPES[i.dtype]) for i in inputs),
             [i.name for i in inputs], OUTPUT_NAME,
             {"xs": tuple({0: torch.export.Dim("batch")} for _ in inputs)},
