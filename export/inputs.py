@@ -109,10 +109,12 @@ def settle(name: str, module: nn.Module, open_: Sequence[Candidate]) -> tuple[Mo
             return inputs
         causes.append(cause)
     shown = " and ".join(str(shape) for shape in shapes)
+    # An embedding refuses floats for their type; why it refuses integers says more.
+    cause = next((c for c in causes if "scalar types" not in str(c)), causes[0])
     raise ModelError(
-        f"model {name}: does not take samples of shape {shown}: {first_line(causes[0])}"
+        f"model {name}: does not take samples of shape {shown}: {first_line(cause)}"
         f"{_hint(module, open_)}"
-    ) from causes[0]
+    ) from cause
 
 
 def example(

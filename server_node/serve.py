@@ -33,7 +33,8 @@ def serve(
     notify(
         {"event": "prepared", "folder": str(folder), "bundle_sha256": experiment.exported.digest,
          "parameters_client": experiment.exported.manifest.parameters,
-         "parameters_server": experiment.exported.server_parameters}
+         "parameters_server": experiment.exported.server_parameters,
+         "notes": experiment.exported.notes}
     )  # fmt: skip
     link = Link(
         f"{config.run.fleet}//server", address,

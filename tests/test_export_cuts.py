@@ -85,7 +85,7 @@ def test_each_parameter_belongs_to_one_half_under_its_own_name(kind):
 @pytest.mark.parametrize(
     ("name", "cut", "says"),
     [
-        ("residual", "blocks.1.conv2", "several tensors cross: the output of blocks.0 too; nearest"),
+        ("residual", "blocks.1.conv2", "several tensors cross: the output of blocks.0 too;"),
         ("residual", "blocks.1.conv2", "legal cuts: blocks.0 (before it), blocks (after it)"),
         ("shared", "twice", "both sides share weights, which the halves would train apart: twice."),
         ("shared", "twice", "nearest legal cuts: first (before it), twice@1 (after it)"),
