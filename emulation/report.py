@@ -101,6 +101,8 @@ class ProgressView:
             case "prepared":
                 for note in event["data_notes"]:
                     self._say(f"data: {note}")
+                for note in event["notes"]:
+                    self._say(f"note: {note}")
                 self._say(
                     f"exported: {event['parameters_client']} parameters on the device, "
                     f"{event['parameters_server']} on the server"

@@ -27,3 +27,8 @@ class HalfError(InputError):
 
 class ParityError(MusplitError):
     """The exported graph does not compute what torch computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

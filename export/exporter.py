@@ -1,7 +1,8 @@
-"""`export_model`: build, cut, write both folders, prove the graph, load back what was written."""
+"""`export_model`: build, trace, cut, prove both halves and the graph, write both folders."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -9,24 +10,28 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 import torch
+from torch import nn
 
-from export.cuts import Half, Halves, cut_model
-from export.errors import ModelError
+from export.cuts import Half, Halves, cut_traced
+from export.errors import ModelError, ParityError
 from export.graph import (
-    INPUT_NAME,
     OPSET,
     OUTPUT_NAME,
     check_parity,
     export_graph,
     half_state,
+    relative_error,
 )
+from export.inputs import Declared, SampleArray, draw, input_specs
+from export.models import BuiltModel, build_model
 from export.server_half import (
     MODEL_FILE,
     ServerManifest,
     read_server_half,
     write_server_half,
 )
-from export.zoo import BuiltModel, build_model
+from export.start_weights import load_start_weights
+from export.tracing import index_limits, plain_attention, trace
 from wire_protocol.manifest import (
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -36,12 +41,14 @@ from wire_protocol.manifest import (
     InputSpec,
     Manifest,
     TensorSpec,
-    Transform,
     sha256,
 )
 
 CLIENT_FOLDER: Final = "client"
 SERVER_FOLDER: Final = "server"
+_PROOF_BATCH: Final = 3
+# Between batches of different sizes kernels differ; a model that mixes samples differs by far more.
+_MIXING: Final = 1e-3
 
 
 class Export(NamedTuple):
@@ -52,6 +59,8 @@ class Export(NamedTuple):
     digest: str
     manifest: Manifest
     server_parameters: int
+    halves: Halves
+    notes: list[str]  # what was frozen or switched off
 
 
 def export_model(
@@ -60,39 +69,43 @@ def export_model(
     out: Path,
     *,
     seed: int,
-    input_shape: tuple[int, ...] | None = None,
-    raw_shape: tuple[int, ...] | None = None,
-    transform: Transform | None = None,
+    input_shape: Declared = None,
+    arrays: Sequence[SampleArray] = (),
+    weights: Path | None = None,
 ) -> Export:
     """Write OUT/client and OUT/server. Raises ModelError, CutError or ParityError.
 
-    `transform` makes of raw samples of `raw_shape` what the model takes; none: they are the same.
+    `input_shape` is what the user says of the inputs, `arrays` what the data holds; see
+    export/inputs.py. `weights` is a safetensors file to start from.
     """
-    model = build_model(name, seed, input_shape)
-    halves = cut_model(model, cut)
-    graph = export_graph(halves.client, model.input_shape)
-    parity = check_parity(graph, halves.client, model.input_shape, seed)
-    weights, tensors = _pack(halves.client)
-    raw = raw_shape or model.input_shape
-    manifest = _client_manifest(
-        model, cut, halves, graph, weights, tensors, raw, transform, parity
-    )  # fmt: skip
+    model = build_model(name, seed, input_shape, arrays)
+    start = load_start_weights(model, weights) if weights is not None else ""
+    traced = trace(model)
+    halves = cut_traced(traced, cut)
+    inputs = input_specs(model.inputs, arrays, index_limits(traced))
+    _prove(model, halves, inputs, seed)
+    graph = export_graph(halves.client, inputs)
+    parity = check_parity(graph, halves.client, inputs, seed)
+    client_weights, tensors = _pack(halves.client)
+    manifest = _client_manifest(model, cut, halves, graph, client_weights, tensors, inputs, parity)
     client, server = out / CLIENT_FOLDER, out / SERVER_FOLDER
     client.mkdir(parents=True, exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(manifest))
     (client / GRAPH_FILE).write_bytes(graph)
-    (client / WEIGHTS_FILE).write_bytes(weights)
+    (client / WEIGHTS_FILE).write_bytes(client_weights)
     (client / MANIFEST_FILE).write_bytes(data)
     server_weights, server_tensors = _pack(halves.server)
-    source = model.source.read_bytes() if model.source is not None else None
     server_manifest = ServerManifest(
-        format="musplit-server-half/1", model=name, cut=cut, seed=seed,
-        input_shape=list(model.input_shape), parameters=_parameter_count(server_tensors),
-        weights=_blob(server_weights), model_file_sha256=sha256(source) if source else "",
+        format="musplit-server-half/1", model=name, cut=cut, seed=seed, inputs=list(model.inputs),
+        parameters=_parameter_count(server_tensors), weights=_blob(server_weights),
+        model_file_sha256=sha256(model.source) if model.source is not None else "",
+        start_weights_sha256=start,
     )  # fmt: skip
-    write_server_half(server, server_manifest, server_weights, source)
-    load_halves(server)  # a copied model file must build the model on its own
-    return Export(client, server, sha256(data), manifest, server_manifest.parameters)
+    write_server_half(server, server_manifest, server_weights, model.source)
+    return Export(
+        client, server, sha256(data), manifest, server_manifest.parameters, halves,
+        frozen_notes(model.module),
+    )  # fmt: skip
 
 
 def load_halves(folder: Path) -> Halves:
@@ -101,15 +114,43 @@ def load_halves(folder: Path) -> Halves:
     Raises HalfError, ModelError or CutError.
     """
     manifest, _ = read_server_half(folder)
-    name = manifest.model
-    if manifest.model_file_sha256:
-        name = f"{folder / MODEL_FILE}:{name.rpartition(':')[2]}"
-    model = build_model(name, manifest.seed, tuple(manifest.input_shape))
-    halves = cut_model(model, manifest.cut)
+    halves = cut_traced(trace(load_model(folder)), manifest.cut)
     if sum(p.numel() for p in halves.server.module.parameters()) != manifest.parameters:
         raise ModelError(f"{folder}: the model has another number of parameters than was exported")
     fill_half(halves.server, (folder / WEIGHTS_FILE).read_bytes())
     return halves
+
+
+def load_model(folder: Path) -> BuiltModel:
+    """The whole model of an exported server folder, weights as at its seed.
+
+    Raises HalfError, ModelError.
+    """
+    manifest, _ = read_server_half(folder)
+    name = manifest.model
+    if manifest.model_file_sha256:
+        name = f"{folder / MODEL_FILE}:{name.rpartition(':')[2]}"
+    declared = [
+        ("int:" if i.dtype == "int64" else "") + ",".join(map(str, i.shape))
+        for i in manifest.inputs
+    ]
+    return build_model(name, manifest.seed, declared)
+
+
+def frozen_notes(module: nn.Module) -> list[str]:
+    """What the halves do not do that training in one place does, one line each."""
+    layers = [*module.modules()]
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in layers)  # noqa: SLF001
+    dropouts = sum(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in layers)  # noqa: SLF001
+    notes = []
+    if norms:
+        notes.append(
+            f"{norms} BatchNorm layers: their statistics are frozen, in both halves; start from "
+            "trained ones (safetensors) or use GroupNorm"
+        )
+    if dropouts:
+        notes.append(f"{dropouts} dropout layers: off in both halves")
+    return notes
 
 
 def fill_half(half: Half, weights: bytes) -> None:
@@ -122,10 +163,28 @@ def fill_half(half: Half, weights: bytes) -> None:
             offset += flat.nbytes
 
 
+def _prove(model: BuiltModel, halves: Halves, inputs: Sequence[InputSpec], seed: int) -> None:
+    """The halves together are the model, and a sample's result is its own. Raises ParityError."""
+    xs = [torch.from_numpy(x) for x in draw(inputs, _PROOF_BATCH, np.random.default_rng(seed))]
+    with torch.no_grad(), plain_attention():
+        want = model.module(*xs).numpy()
+        got = halves.server.module(halves.client.module(*xs)).numpy()
+        alone = model.module(*(x[:1] for x in xs)).numpy()
+    if not relative_error(got, want) <= 1e-6:
+        raise ParityError(
+            f"model {model.name}: its halves differ from it by {relative_error(got, want):.1e}; "
+            "its forward does not compute the same each time"
+        )
+    if not relative_error(alone, want[:1]) <= _MIXING:
+        raise ModelError(
+            f"model {model.name}: a sample's result depends on the other samples of its batch; a "
+            "half must compute each sample alone"
+        )
+
+
 def _client_manifest(
     model: BuiltModel, cut: str, halves: Halves, graph: bytes, weights: bytes,
-    tensors: list[TensorSpec], raw_shape: tuple[int, ...], transform: Transform | None,
-    parity: float,
+    tensors: list[TensorSpec], inputs: list[InputSpec], parity: float,
 ) -> Manifest:  # fmt: skip
     return Manifest(
         format="musplit-bundle/1",
@@ -137,15 +196,7 @@ def _client_manifest(
         weights=_blob(weights),
         parameters=_parameter_count(tensors),
         tensors=tensors,
-        inputs=[
-            InputSpec(
-                INPUT_NAME,
-                list(raw_shape),
-                list(model.input_shape),
-                "float32",
-                transform or Transform(),
-            )
-        ],
+        inputs=inputs,
         activation=ActivationSpec(OUTPUT_NAME, list(halves.activation_shape), "float32"),
         parity_max_relative_error=parity,
         versions={name: version(name) for name in ("musplit", "torch", "onnx", "onnxruntime")},
@@ -153,7 +204,7 @@ def _client_manifest(
 
 
 def _pack(half: Half) -> tuple[bytes, list[TensorSpec]]:
-    """Parameters then buffers as bytes, and where each lies. Raises ModelError."""
+    """Parameters then buffers as bytes, and where each lies."""
     names = {**half.parameter_names, **half.buffer_names}
     parts: list[bytes] = []
     specs: list[TensorSpec] = []
@@ -161,13 +212,10 @@ def _pack(half: Half) -> tuple[bytes, list[TensorSpec]]:
     for name, tensor in half_state(half).items():
         array = np.ascontiguousarray(tensor.numpy())
         kind = "parameter" if name in half.parameter_names else "buffer"
-        dtype = str(array.dtype)
-        if dtype not in ("float32", "int64") or (kind == "parameter" and dtype != "float32"):
-            raise ModelError(f"{kind} {names[name]} is {dtype}: parameters must be float32")
         data = array.tobytes()
         specs.append(
             msgspec.convert(
-                {"name": names[name], "shape": list(array.shape), "dtype": dtype,
+                {"name": names[name], "shape": list(array.shape), "dtype": str(array.dtype),
                  "offset_bytes": offset, "kind": kind},
                 TensorSpec,
             )

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from export.errors import HalfError
+from export.inputs import ModelInput
 from wire_protocol.errors import InputError
 from wire_protocol.manifest import MANIFEST_FILE, WEIGHTS_FILE, Blob, check_blob, sha256
 
@@ -31,10 +32,11 @@ class ServerManifest(Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     cut: str
     seed: int
-    input_shape: list[int]
+    inputs: list[ModelInput]
     parameters: Annotated[int, Meta(ge=1)]  # d_s: perturbed float32 elements, first in weights.bin
     weights: Blob
     model_file_sha256: str  # "" for a model of the zoo
+    start_weights_sha256: str  # of the safetensors file that was started from; "" without one
 
 
 def write_server_half(

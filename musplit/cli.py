@@ -23,7 +23,10 @@ from musplit.support import (
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _SEED = click.IntRange(0, (1 << 63) - 1)
-_SHAPE_HELP = "Sample shape without the batch, e.g. 1,28,28; needed for your own model."
+_SHAPE_HELP = (
+    "Sample shape without the batch, e.g. 1,28,28, or int:64 for integers; needed for your own "
+    "model, once per input."
+)
 
 
 @click.group(context_settings=_CONTEXT)
@@ -42,27 +45,41 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--cut", required=True, help="Layer after which to cut; it stays on the device.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--cut", help="Module after which to cut; it stays on the device.")
+@click.option("--list-cuts", is_flag=True, help="List all cuts, what they cost, and write nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--seed", default=0, type=_SEED, show_default=True, help="Of the initial weights.")
-@click.option("--input-shape", metavar="N,N,..", help=_SHAPE_HELP)
+@click.option("--input-shape", "shapes", multiple=True, metavar="[int:]N,N,..", help=_SHAPE_HELP)
+@click.option("--weights", type=click.Path(path_type=Path),
+              help="A safetensors file with the weights to start from.")  # fmt: skip
 @format_option
 def export(
-    model: str, cut: str, out: Path, seed: int, input_shape: str | None, output: str
-) -> None:
+    model: str, cut: str | None, list_cuts: bool, out: Path | None, seed: int,
+    shapes: tuple[str, ...], weights: Path | None, output: str,
+) -> None:  # fmt: skip
     """Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
 
-    MODEL is mlp:64-32-32-10, lenet, or path/to/file.py:factory, a function that returns an
-    nn.Sequential. Every export is proved against torch with perturbed weights.
+    MODEL is one of mlp:64-32-32-10, lenet, alexnet, resnet18, resnet18-bn, mobilenetv2,
+    mobilenetv2-bn, or path/to/file.py:factory, a function or class that gives an nn.Module.
+    All but mlp take options in any order: a number is the classes, cN the channels, wN the
+    width: resnet18:100, alexnet:10:c1:w8. Every export is proved against torch with perturbed
+    weights.
 
     \b
+    musplit export resnet18 --list-cuts
     musplit export mlp:64-32-32-10 --cut fc1 --out halves
-    musplit export my_model.py:make --cut 1 --input-shape 1,28,28 --out halves
+    musplit export my_model.py:make --cut body.1 --input-shape 1,28,28 --out halves
+    musplit export tokens.py:Net --cut embedding --input-shape int:64 --out halves
     """
     with guarded():
+        if list_cuts:
+            _print_cuts(model, seed, shapes, output)
+            return
+        if cut is None or out is None:
+            fail("export: needs --cut and --out, or --list-cuts to see the cuts", 2)
         from export.exporter import export_model
 
-        result = export_model(model, cut, out, seed=seed, input_shape=_shape(input_shape))
+        result = export_model(model, cut, out, seed=seed, input_shape=shapes, weights=weights)
         facts: dict[str, Any] = {
             "client": str(result.client),
             "server": str(result.server),
@@ -73,10 +90,20 @@ def export(
             "parity_max_relative_error": result.manifest.parity_max_relative_error,
         }
         if output == "json":
-            print(json.dumps(facts))
+            print(json.dumps(facts | {"notes": result.notes}))
         else:
             for name, value in facts.items():
                 print(f"{name:26} {value}")
+            for note in result.notes:
+                print(f"note: {note}")
+
+
+def _print_cuts(model: str, seed: int, shapes: tuple[str, ...], output: str) -> None:
+    from export.listing import as_json, list_cuts, table
+    from export.models import build_model
+
+    cuts = list_cuts(build_model(model, seed, shapes))
+    print(json.dumps(as_json(cuts)) if output == "json" else table(cuts))
 
 
 @main.command()
@@ -308,15 +335,6 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
         for note in result.notes:
             print(f"note: {note}")
     sys.exit(1 if result.matches is False else 0)
-
-
-def _shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        fail(f"--input-shape {text!r}: write positive numbers, e.g. 1,28,28", 3)
-    return tuple(int(part) for part in parts)
 
 
 def _default_config() -> Path:

@@ -28,6 +28,8 @@ def _text(event: dict[str, Any]) -> None:
                 f"run folder {event['folder']}: {event['parameters_client']} parameters on the "
                 f"device, {event['parameters_server']} on the server"
             )
+            for note in event["notes"]:
+                say(f"note: {note}")
         case "waiting":
             say(f"waiting for {event['devices']} devices; on the first one:\n  {event['command']}")
         case "run":

@@ -35,6 +35,7 @@ SECONDS = FiniteRange(0)
 _EXTRAS = {
     "torch": "server", "onnx": "server", "onnxscript": "server", "matplotlib": "server",
     "PIL": "server",
+    "safetensors": "server",
     "amqtt": "emulation", "rich": "emulation", "sklearn": "emulation",
 }  # fmt: skip
 

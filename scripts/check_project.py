@@ -30,7 +30,7 @@ class Room(NamedTuple):
 RULES: Final = {
     "wire_protocol": Room(set(), {"numpy", "msgspec"}),
     "edge_client": Room({"wire_protocol"}, {"numpy", "psutil"}),
-    "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime"}),
+    "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime", "safetensors"}),
     "server_node": Room(
         {"wire_protocol", "export"},
         {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL"},

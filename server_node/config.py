@@ -48,7 +48,9 @@ class ModelSection(_Section, frozen=True):
 
     name: str = "mlp:64-32-32-10"
     cut: str = "fc1"
-    input_shape: Annotated[list[AtLeast1], Meta(max_length=5)] = []
+    # One shape, or one text per input: "1,28,28", "int:64" (export/inputs.py).
+    input_shape: Annotated[list[AtLeast1 | str], Meta(max_length=8)] = []
+    weights: str = ""
 
 
 class DataSection(_Section, frozen=True):

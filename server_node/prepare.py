@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from export.cuts import Halves
-from export.exporter import Export, export_model, fill_half, load_halves
+from export.exporter import Export, export_model
+from export.inputs import SampleArray
 from export.server_half import read_server_half
 from server_node.config import Config, to_toml
 from server_node.datasets import load_dataset
@@ -37,7 +38,6 @@ class Experiment(NamedTuple):
     config: Config
     folder: Path
     exported: Export
-    halves: Halves
     evaluator: Evaluator
     server_weights: NDArray[np.float32]
     server_weights_sha256: str
@@ -59,26 +59,28 @@ def prepare(config: Config, folder: Path) -> Experiment:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     data = load_dataset(config.data)
-    declared = declare(config.data, data.x_train[:1], ["float32"])[0]
-    with explained(config, declared):
+    declared = declare(config.data, data.x_train, ["float32"] * len(data.x_train))
+    arrays = [
+        SampleArray(have.raw_shape, x.dtype.kind in "bui", have.transform)
+        for x, have in zip(data.x_train, declared, strict=True)
+    ]
+    with explained(config, declared[0]):
         exported = export_model(
             config.model.name, config.model.cut, folder, seed=config.run.seed,
-            input_shape=tuple(config.model.input_shape) or declared.shape,
-            raw_shape=declared.raw_shape, transform=declared.transform,
+            input_shape=config.model.input_shape, arrays=arrays,
+            weights=Path(config.model.weights) if config.model.weights else None,
         )  # fmt: skip
-    check_fit(config, declared, exported.manifest.inputs[0].shape)
-    halves = load_halves(exported.server)
+    check_fit(config, declared[0], exported.manifest.inputs[0].shape)
     server_manifest, server_weights = read_server_half(exported.server)
     if config.server.replicas > 1:
         shape = (config.devices.batch, *exported.manifest.activation.shape)
-        _server_half(config, halves, server_weights).check_batching(shape)
+        _server_half(config, exported.halves, server_weights).check_batching(shape)
     blobs = [
         (exported.client / name).read_bytes() for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
     ]
-    fill_half(halves.client, blobs[2])
-    evaluator = Evaluator(halves.client, exported.manifest, data)
+    evaluator = Evaluator(exported.halves.client, exported.manifest, data)
     return Experiment(
-        config, folder, exported, halves, evaluator, server_weights,
+        config, folder, exported, evaluator, server_weights,
         server_manifest.weights.sha256, blobs, data.class_names, data.notes,
     )  # fmt: skip
 
@@ -106,7 +108,7 @@ def open_run(
         experiment.blobs[2], "<f4", experiment.exported.manifest.parameters
     ).astype(np.float32)
     server = experiment.server_weights.copy()
-    half = _server_half(config, experiment.halves, server)
+    half = _server_half(config, experiment.exported.halves, server)
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator, client, server,
         Ledger(folder, header, devices), outbox, notify,

@@ -34,7 +34,7 @@ def serve(
         {"event": "prepared", "folder": str(folder), "bundle_sha256": experiment.exported.digest,
          "parameters_client": experiment.exported.manifest.parameters,
          "parameters_server": experiment.exported.server_parameters,
-         "data_notes": experiment.data_notes}
+         "data_notes": experiment.data_notes, "notes": experiment.exported.notes}
     )  # fmt: skip
     link = Link(
         f"{config.run.fleet}//server", address,

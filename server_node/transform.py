@@ -171,15 +171,16 @@ def _hint(config: Config, declared: Declared, complaint: str) -> str:
     if kind == "mlp" and width.isdecimal():
         remedy = _remedy(config.data, declared.raw_shape, (int(width),))
         return remedy and f"; or set {remedy}"
+    given = [side for side in config.model.input_shape if isinstance(side, int)]
+    if given:
+        remedy = _remedy(config.data, declared.raw_shape, given)
+        return remedy and f"; set {remedy}"
     shape = declared.shape
     if str(shape) not in complaint:
         return ""
     if _colours_last(shape) and not config.data.channels_last:
         moved = (shape[-1], *shape[:-1])
         return f"; if the model wants {dims(moved)}, set data.channels_last = true"
-    if len(shape) == 2:
-        one = [1, *shape]
-        return f"; if the model wants {dims(one)}, set model.input_shape = {one}"
     return ""
 
 

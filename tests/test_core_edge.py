@@ -16,6 +16,7 @@ from edge_client.trainer import Trainer
 from edge_client.zo_step import Activation, Differences, PhaseClock, zo_step
 from emulation.inprocess import InProcessFleet, make_shards
 from export.exporter import export_model, load_halves
+from export.inputs import SampleArray
 from server_node.prepare import prepare
 from wire_protocol.directions import (
     DirectionGenerator,
@@ -36,7 +37,11 @@ ORIGIN = DirectionId(7, Stream.CLIENT_HALF, 2, 3, 0, 0)
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     return export_model(
-        "mlp:9-8-6-4", "fc2", tmp_path_factory.mktemp("bundle"), seed=0, transform=TRANSFORM
+        "mlp:9-8-6-4",
+        "fc2",
+        tmp_path_factory.mktemp("bundle"),
+        seed=0,
+        arrays=[SampleArray((9,), transform=TRANSFORM)],
     )
 
 

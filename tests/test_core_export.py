@@ -14,8 +14,10 @@ from export.cuts import cut_model
 from export.errors import HalfError, ParityError
 from export.exporter import export_model, load_halves
 from export.graph import MAX_RELATIVE_ERROR, check_parity, export_graph
+from export.inputs import ModelInput
+from export.models import BuiltModel, build_model
 from export.server_half import read_server_half
-from export.zoo import BuiltModel, build_model
+from wire_protocol.manifest import InputSpec
 
 OWN_MODEL = """
 from collections import OrderedDict
@@ -224,19 +226,20 @@ def test_server_manifest_with_an_impossible_size_is_refused(tmp_path, parameters
 def test_graph_of_other_arithmetic_is_a_parity_error():
     def half(activation):
         layers = (torch.nn.Linear(4, 6), activation, torch.nn.Linear(6, 2))
-        model = BuiltModel("m", torch.nn.Sequential(*layers), (4,), None)
+        model = BuiltModel("m", torch.nn.Sequential(*layers), (ModelInput((4,), "float32"),))
         return cut_model(model, "1").client
 
-    graph = export_graph(half(torch.nn.ReLU()), (4,))
-    assert check_parity(graph, half(torch.nn.ReLU()), (4,), seed=0) <= MAX_RELATIVE_ERROR
+    inputs = [InputSpec("input", [4], [4], "float32")]
+    graph = export_graph(half(torch.nn.ReLU()), inputs)
+    assert check_parity(graph, half(torch.nn.ReLU()), inputs, seed=0) <= MAX_RELATIVE_ERROR
     with pytest.raises(ParityError, match="differs from torch") as caught:
-        check_parity(graph, half(torch.nn.GELU()), (4,), seed=0)
+        check_parity(graph, half(torch.nn.GELU()), inputs, seed=0)
     assert "\n" not in str(caught.value)
 
 
 def test_export_whose_graph_lies_writes_no_bundle(tmp_path, monkeypatch):
-    def lie(half, shape):
-        model = onnx.load_from_string(export_graph(half, shape))
+    def lie(half, inputs):
+        model = onnx.load_from_string(export_graph(half, inputs))
         (relu,) = [node for node in model.graph.node if node.op_type == "Relu"]
         relu.op_type = "Tanh"
         return model.SerializeToString()

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from emulation.inprocess import make_shards
 from export.cuts import cut_model
-from export.zoo import BuiltModel, build_model
+from export.inputs import ModelInput
+from export.models import BuiltModel, build_model
 from server_node.half import ServerHalf, Turn
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import prepare
@@ -144,7 +145,9 @@ def smooth_halves():
     """Tanh instead of ReLU: at a kink a finite difference is no derivative."""
     torch.manual_seed(0)
     layers = (nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
-    halves = cut_model(BuiltModel("smooth", nn.Sequential(*layers), (6,), None), "1")
+    halves = cut_model(
+        BuiltModel("smooth", nn.Sequential(*layers), (ModelInput((6,), "float32"),)), "1"
+    )
     return halves.client.module, halves.server.module
 
 

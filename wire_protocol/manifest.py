@@ -76,6 +76,8 @@ class InputSpec(_Strict, frozen=True):
     shape: Dimensions  # as the graph takes it
     dtype: Literal["float32", "int64"]  # int64 (tokens) knows no transform
     transform: Transform = Transform()
+    # Integers must lie in 0 .. limit - 1: the smallest table that the model looks them up in.
+    limit: Annotated[int, Meta(ge=1)] | None = None
 
 
 class ActivationSpec(_Strict, frozen=True):
@@ -195,6 +197,11 @@ def misfit(manifest: Manifest, xs: Sequence[NDArray[np.generic]]) -> str:
             )
         if spec.dtype == "int64" and x.dtype.kind not in "bui":
             return f"samples are {x.dtype}, model {manifest.model} takes integers"
+        if spec.limit is not None and x.size and not 0 <= x.min() <= x.max() < spec.limit:
+            return (
+                f"samples hold {x.min()} .. {x.max()}, model {manifest.model} takes integers in "
+                f"0 .. {spec.limit - 1}"
+            )
     return ""
 
 
@@ -230,6 +237,8 @@ def _check_layout(manifest: Manifest, where: str) -> None:
 def _check_input(spec: InputSpec, where: str) -> None:
     if spec.dtype == "int64" and spec.transform != Transform():
         raise InputError(f"{where}: input {spec.name} holds integers, which no transform fits")
+    if spec.limit is not None and spec.dtype != "int64":
+        raise InputError(f"{where}: input {spec.name} holds floats, which a limit does not fit")
     pool, raw = spec.transform.pool, spec.raw_shape
     if pool > 1 and (len(raw) < 2 or any(n % pool for n in _image(spec))):
         raise InputError(
