@@ -11,19 +11,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from msgspec import Struct
 from numpy.typing import NDArray
 from torch import nn
 
 from export.errors import ModelError, first_line
+from export.server_half import Dtype, ModelInput
 from wire_protocol.manifest import InputSpec, Transform
 from wire_protocol.npz import input_name
 
-Dtype = Literal["float32", "int64"]
 Declared = Sequence[int | str] | None
 
 MAX_INPUTS: Final = 8  # as many as a manifest holds
@@ -31,13 +30,6 @@ MAX_INPUTS: Final = 8  # as many as a manifest holds
 _MAX_DIMS: Final = 5
 _INTEGER: Final = "int:"
 TORCH_DTYPES: Final = {"float32": torch.float32, "int64": torch.int64}
-
-
-class ModelInput(Struct, frozen=True, forbid_unknown_fields=True):
-    """One input as the model takes it; the shape is without the batch dimension."""
-
-    shape: tuple[int, ...]
-    dtype: Dtype
 
 
 class SampleArray(NamedTuple):

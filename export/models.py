@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from export.errors import ModelError, first_line
-from export.inputs import Candidate, Declared, ModelInput, SampleArray, candidates, settle
+from export.inputs import Candidate, Declared, SampleArray, candidates, settle
+from export.server_half import ModelInput
 from export.zoo import build_zoo
 
 _MODULE_NAME: Final = "musplit_user_model"

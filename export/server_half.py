@@ -18,11 +18,19 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from export.errors import HalfError
-from export.inputs import ModelInput
 from wire_protocol.errors import InputError
 from wire_protocol.manifest import MANIFEST_FILE, WEIGHTS_FILE, Blob, check_blob, sha256
 
 MODEL_FILE: Final = "model.py"
+
+Dtype = Literal["float32", "int64"]
+
+
+class ModelInput(Struct, frozen=True, forbid_unknown_fields=True):
+    """One input as the model takes it; the shape is without the batch dimension."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
 
 
 class ServerManifest(Struct, frozen=True, forbid_unknown_fields=True):

@@ -142,6 +142,13 @@ def plain_attention() -> Iterator[None]:
 
 
 def _export(model: BuiltModel) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        given = model.module(*example(model.inputs, _BATCH))
+    if not isinstance(given, torch.Tensor):
+        raise ModelError(
+            f"model {model.name}: gives a {type(given).__name__}; it must give one tensor, one row "
+            "of class scores per sample"
+        )
     open_batch = tuple({0: torch.export.Dim("batch")} for _ in model.inputs)
     try:
         with quiet(), plain_attention():
@@ -241,9 +248,9 @@ def _output(model: BuiltModel, program: torch.export.ExportedProgram) -> fx.Node
     outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
     assert isinstance(outputs, (tuple, list))
     given = [o for o, k in zip(outputs, kinds, strict=True) if k is OutputKind.USER_OUTPUT]
-    if len(given) != 1 or not isinstance(given[0], fx.Node):
-        raise ModelError(f"model {model.name}: must give one tensor, one number per class")
-    return given[0]
+    (output,) = given
+    assert isinstance(output, fx.Node)
+    return output
 
 
 def _dependent(nodes: list[fx.Node], inputs: list[fx.Node]) -> set[fx.Node]:

@@ -14,9 +14,8 @@ from export.cuts import cut_model
 from export.errors import HalfError, ParityError
 from export.exporter import export_model, load_halves
 from export.graph import MAX_RELATIVE_ERROR, check_parity, export_graph
-from export.inputs import ModelInput
 from export.models import BuiltModel, build_model
-from export.server_half import read_server_half
+from export.server_half import ModelInput, read_server_half
 from wire_protocol.manifest import InputSpec
 
 OWN_MODEL = """

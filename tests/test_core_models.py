@@ -7,8 +7,8 @@ from torch import nn
 from export.cuts import cut_model, legal_cuts
 from export.errors import CutError, ModelError
 from export.exporter import export_model, load_halves
-from export.inputs import ModelInput
 from export.models import BuiltModel, build_model
+from export.server_half import ModelInput
 
 HEADER = "import torch\nfrom torch import nn\n"
 

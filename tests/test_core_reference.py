@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from emulation.inprocess import make_shards
 from export.cuts import cut_model
-from export.inputs import ModelInput
 from export.models import BuiltModel, build_model
+from export.server_half import ModelInput
 from server_node.half import ServerHalf, Turn
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import prepare

@@ -9,9 +9,11 @@ from torch import nn
 
 from export.cuts import boundaries, cut_model, cut_traced
 from export.errors import CutError, ModelError
-from export.inputs import ModelInput, example
+from export.exporter import export_model
+from export.inputs import example
 from export.listing import as_json, list_cuts, table
 from export.models import BuiltModel, build_model
+from export.server_half import ModelInput
 from export.tracing import index_limits, trace
 from export.zoo import build_zoo
 
@@ -166,6 +168,37 @@ def test_model_that_no_half_can_repeat_is_refused_in_one_line(function, says):
     with pytest.raises(ModelError, match=says) as caught:
         trace(built(Through(function), (4,)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("give", "says"),
+    [
+        (lambda y: {"scores": y}, "gives a dict"),
+        (lambda y: (y,), "gives a tuple"),
+        (lambda y: y.mean(), "one number per class"),
+        (lambda y: y.argmax(1), "one number per class"),
+        (lambda y: y[:1], "one row of class scores per sample"),
+    ],
+)
+def test_what_a_model_gives_must_be_one_row_of_scores_per_sample(give, says):
+    class Gives(nn.Sequential):
+        def forward(self, x):
+            return give(super().forward(x))
+
+    with pytest.raises(ModelError, match=says):
+        trace(built(Gives(nn.Linear(4, 4), nn.Linear(4, 2)), (4,)))
+
+
+def test_a_sample_whose_result_depends_on_its_batch_is_refused(tmp_path):
+    (tmp_path / "m.py").write_text(
+        HEADER + "class Net(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Linear(4, 4), nn.Linear(4, 2))\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x - x.mean(0))\n"
+    )
+    with pytest.raises(ModelError, match="depends on the other samples"):
+        export_model(f"{tmp_path}/m.py:Net", "0", tmp_path, seed=0, input_shape=(4,))
 
 
 def test_list_counts_parameters_bytes_and_operations():
