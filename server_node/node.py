@@ -313,6 +313,7 @@ class Node:
                 manifest_bytes=len(self._experiment.manifest_bytes),
                 directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
                 batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
+                encoding=config.wire.encoding, compression=config.wire.compression,
             ),
         )  # fmt: skip
 

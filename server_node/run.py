@@ -139,7 +139,7 @@ class Run:
         if coordinator is None:
             return
         now_s = time.monotonic()
-        check_frame(frame, self.config.devices.batch, self._manifest)
+        check_frame(frame, self.config, self._manifest)
         self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:
             actions = coordinator.activation(device, frame.round, now_s)
@@ -280,8 +280,11 @@ class Run:
         self.ledger.close(reason, self.rounds_closed, self.client, self.server)
 
 
-def check_frame(frame: Frame, batch: int, manifest: Manifest) -> None:
-    """Raise FrameFaultError unless a frame's shape, labels and values fit the run."""
+def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
+    """Raise FrameFaultError unless a frame's encoding, shape, labels and values fit the run."""
+    if frame.encoding not in (config.wire.encoding, "float32"):  # float32 holds what others cannot
+        raise FrameFaultError(f"frame in {frame.encoding}, the run wants {config.wire.encoding}")
+    batch = config.devices.batch
     shape = (batch, *manifest.activation.shape)
     name = frame.kind.name.lower()
     activation = frame.kind is FrameKind.ACTIVATION
