@@ -36,7 +36,7 @@ from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.schedule import step_factor
 from wire_protocol.directions import DirectionGenerator
-from wire_protocol.frames import Frame, FrameKind
+from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
 from wire_protocol.manifest import Manifest, sha256
 from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, encode
 
@@ -112,6 +112,15 @@ class Run:
     def directions(self) -> int:
         """K that devices are asked for; a frozen client half needs none."""
         return self.config.method.directions_client if self.config.method.eta_c else 0
+
+    @property
+    def compressed_max_bytes(self) -> int:
+        """What a compressed frame of this run may grow to; 0 when none is agreed."""
+        if self.config.wire.compression == "none":
+            return 0
+        batch = self.config.devices.batch
+        elements = batch * math.prod(self._manifest.activation.shape) * max(1, self.directions)
+        return HEADER_BYTES + 4 * (elements + batch)
 
     def ready(self, device: int, next_round: int) -> None:
         """A device tells its round: send what it misses, then the open round."""

@@ -103,7 +103,7 @@ def test_a_second_client_with_the_same_id_is_fatal(
     serve: Serve, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the first does not come back to steal the session in its turn."""
-    monkeypatch.setattr(wire_protocol.mqtt, "_RECONNECT_MAX_S", 1)
+    monkeypatch.setattr(wire_protocol.mqtt, "_RECONNECT_MAX_S", (0.5, 1.0))
 
     def script(connection: socket.socket, _number: int) -> None:
         welcome(connection)
@@ -112,7 +112,7 @@ def test_a_second_client_with_the_same_id_is_fatal(
 
     server = serve(script)
     event = opened(server).next_event(5)
-    assert event == Disconnected("another client connected with the same id", fatal=True)
+    assert event == Disconnected("another client connected with the same id, 'a'", fatal=True)
     assert not wait_for(lambda: server.connections > 1, timeout_s=2.5)
 
 

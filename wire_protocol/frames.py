@@ -51,6 +51,7 @@ from wire_protocol.encodings import (
     layout,
 )
 from wire_protocol.errors import ChecksumError, HeaderError, TruncatedError
+from wire_protocol.mqtt_stream import Payload
 
 MAGIC: Final = b"MUSF"
 VERSION: Final = 2
@@ -215,11 +216,11 @@ def _label_bytes(labels: NDArray[Any]) -> int:
     return 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
 
 
-def decode_frame(payload: bytes | memoryview, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
+def decode_frame(payload: Payload, compressed_max_bytes: int = MAX_FRAME_BYTES) -> Frame:
     """Check and decode a frame; nothing is allocated before its sizes are known to be true.
 
-    `max_bytes` bounds header and body, and the tensor as float32. Raises TruncatedError,
-    HeaderError or ChecksumError.
+    A compressed frame may grow to `compressed_max_bytes`, 0: none is taken. Raises
+    TruncatedError, HeaderError or ChecksumError.
     """
     view = memoryview(payload)
     if len(view) < HEADER_BYTES:
@@ -227,7 +228,7 @@ def decode_frame(payload: bytes | memoryview, max_bytes: int = MAX_FRAME_BYTES) 
     *fields, d0, d1, d2, d3, d4, d5 = _HEADER.unpack_from(view)
     header = _Header._make((*fields, (d0, d1, d2, d3, d4, d5)))
     _check_fields(header)
-    _check_sizes(header, len(view), max_bytes)
+    _check_sizes(header, len(view), compressed_max_bytes)
     if zlib.crc32(view[_CRC_END:]) != header.crc:
         raise ChecksumError("frame checksum does not match: the payload was altered")
     body = view[HEADER_BYTES:]
@@ -271,13 +272,14 @@ def _check_fields(header: _Header) -> None:
         )
 
 
-def _check_sizes(header: _Header, actual: int, max_bytes: int) -> None:
+def _check_sizes(header: _Header, actual: int, compressed_max_bytes: int) -> None:
     promised = HEADER_BYTES + header.body_bytes
     if actual < promised and header.compression == _RAW:
         raise TruncatedError(f"frame has {actual} bytes, its header promises {promised}")
     largest = max(actual, promised, math.prod(header.shape) * 4)
-    if largest > max_bytes:
-        raise HeaderError(f"frame of {largest} bytes exceeds {max_bytes}")
+    bound = MAX_FRAME_BYTES if header.compression == _RAW else compressed_max_bytes
+    if largest > bound:
+        raise HeaderError(f"frame of {largest} bytes exceeds {bound}")
     if actual > promised:
         raise HeaderError(f"frame has {actual} bytes, its header promises only {promised}")
 

@@ -35,7 +35,7 @@ _PACKETS_QUEUED: Final = MAX_PARTS
 _MESSAGES_IN_FLIGHT: Final = 64
 # Seconds before the first attempt to reconnect, and at most between two, both by chance: a fleet
 # must not come back to a restarted broker all at once.
-_RECONNECT_FIRST_S: Final = (0.5, 1.5)
+_RECONNECT_FIRST_S: Final = (0.3, 1.0)
 _RECONNECT_MAX_S: Final = (6.0, 10.0)
 # What goes around a payload: fixed header 5, topic length 2, packet id 2, properties 1 (MQTT 5).
 _PUBLISH_BYTES: Final = 10
@@ -324,14 +324,17 @@ class Link:
         again = short and largest[0] > 0 and largest == self._suspect
         self._suspect = largest
         if taken_over:
-            self._end("another client connected with the same id")
+            self._end(f"another client connected with the same id, {self._client_id!r}")
         elif again or code.getName() == "Packet too large":
             self._end(
                 f"{self.address} takes no message of {largest[0]} bytes; raise max_packet_size "
                 "there, or give a packet limit (device: --packet-limit, server: wire.packet_limit)"
             )
         elif self._short_lives >= _SHORT_LIVES:
-            self._end("another client connected with the same id, or the link is unstable")
+            self._end(
+                f"another client connected with the same id, {self._client_id!r}, "
+                "or the link is unstable"
+            )
         else:
             self._put(Disconnected(str(code), False))
 

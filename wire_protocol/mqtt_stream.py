@@ -106,16 +106,15 @@ class PacketReader:
             raise HeaderError(f"a packet of type {data[0] >> 4} has {length} bytes")
         here = data[fixed:]
         head = self._head(data[0], here)
-        if head is None:
-            if len(data) < BUFFER_BYTES:
-                return False
-            raise HeaderError("a PUBLISH whose header exceeds the buffer")
-        publish, begin = head
-        size = length - begin
-        if not 0 <= size <= self._max_payload_bytes:
-            self._large, self._skip = publish, length - len(here)
+        if head is None and len(data) < BUFFER_BYTES:
+            return False
+        if head is None or not 0 <= length - head[1] <= self._max_payload_bytes:
+            # Too large, or somebody's endless properties: acknowledged when it has passed.
+            self._large, _ = self._topic(data[0], here) or (None, 0)
+            self._skip = length - len(here)
             return True
-        payload = np.empty(size, np.uint8).data
+        publish, begin = head
+        payload = np.empty(length - begin, np.uint8).data
         payload[: len(here) - begin] = here[begin:]
         self._rest = payload[len(here) - begin :]
         self._large = publish._replace(payload=payload.toreadonly())
@@ -123,20 +122,27 @@ class PacketReader:
 
     def _head(self, command: int, body: memoryview) -> tuple[Publish, int] | None:
         """Topic and packet id, and where the payload begins; None when that is not all here."""
+        head = self._topic(command, body)
+        if head is None or not self._mqtt5:
+            return head
+        publish, begin = head
+        size, value = _variable_integer(body[begin:])
+        begin += size + value
+        return (publish, begin) if size and begin <= len(body) else None
+
+    @staticmethod
+    def _topic(command: int, body: memoryview) -> tuple[Publish, int] | None:
+        """Topic and packet id, and where they end (MQTT 5, section 3.3.2)."""
         qos = command >> 1 & 3
         if qos > 1:
             raise HeaderError(f"a PUBLISH of QoS {qos} was never subscribed to")
         if len(body) < 2:
             return None
-        end = 2 + int.from_bytes(body[:2], "big")
-        begin = end + 2 * qos
-        topic, mid = bytes(body[2:end]), int.from_bytes(body[end:begin], "big")
-        if self._mqtt5:
-            size, value = _variable_integer(body[begin:])
-            begin += size + value
-            if not size:
-                return None
-        return (Publish(topic, mid, None), begin) if begin <= len(body) else None
+        middle = 2 + int.from_bytes(body[:2], "big")
+        end = middle + 2 * qos
+        if end > len(body):
+            return None
+        return Publish(bytes(body[2:middle]), int.from_bytes(body[middle:end], "big"), None), end
 
 
 def _fixed_header(data: memoryview) -> tuple[int, int]:

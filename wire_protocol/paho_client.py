@@ -5,7 +5,8 @@ What paho 2.2 does, and what is done here instead:
 * receiving, it copies a payload five times; here `PacketReader` has it read to where it stays;
 * a message published by another thread waits until paho's own thread wakes up; here the
   publishing thread writes to the socket itself, and paho's thread takes what does not fit;
-* each partial send copies the rest of the packet; here it is a view.
+* each partial send copies the rest of the packet; here it is a view;
+* each PUBACK is decoded into objects that nobody asks for; here its number is enough.
 
 The names that start with an underscore are paho-private: tests/test_wire_paho.py fails when what
 they mean changes.
@@ -24,12 +25,18 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MessageState, MessageType, MQTTErrorCode
 from paho.mqtt.enums import MQTTProtocolVersion as Version
 from paho.mqtt.exception import MalformedPacket
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from wire_protocol.errors import HeaderError
 from wire_protocol.mqtt_stream import PacketReader, Payload, Publish
 
 Deliver: TypeAlias = Callable[[bytes, Payload], None]  # topic and payload of a PUBLISH
 
+# What every PUBACK is taken for: building either from a packet costs more than all else.
+_DONE: Final = ReasonCode(PacketTypes.PUBACK)
+_NOTHING: Final = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]
 # Reads a turn: other work of the network thread must not wait for an endless stream.
 _READS_A_TURN: Final = 64
 
@@ -103,8 +110,16 @@ class CountingClient(paho.Client):
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
     def _packet_write(self) -> MQTTErrorCode:
-        with self._write_lock:  # whichever thread writes, one packet after the other
-            return super()._packet_write()
+        """Write what is queued, one thread at a time: who finds another at it leaves it to that."""
+        result = MQTTErrorCode.MQTT_ERR_SUCCESS
+        while self._out_packet and self._write_lock.acquire(blocking=False):
+            try:
+                result = super()._packet_write()
+            finally:
+                self._write_lock.release()
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break
+        return result
 
     def _sock_send(self, buf: Any) -> int:
         sent: int = super()._sock_send(buf)
@@ -119,8 +134,9 @@ class CountingClient(paho.Client):
             sock, reader = self._sock, self._reader
             if sock is None:
                 break
+            target = reader.target
             try:
-                count = sock.recv_into(reader.target)  # type: ignore[attr-defined]
+                count = sock.recv_into(target)  # type: ignore[attr-defined]
             except BlockingIOError:
                 return MQTTErrorCode.MQTT_ERR_AGAIN
             except OSError:
@@ -131,7 +147,7 @@ class CountingClient(paho.Client):
             with self._msgtime_mutex:
                 self._last_bytes_received = time.monotonic()
             result = self._handle_packets(reader, count)
-            if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS or count < len(target):
                 return result
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
@@ -142,6 +158,8 @@ class CountingClient(paho.Client):
                     if packet.payload is not None:
                         self._deliver(packet.topic, packet.payload)
                     result = self._send_puback(packet.mid) if packet.mid else 0
+                elif packet.command == MessageType.PUBACK and len(packet.body) > 1:
+                    result = self._acknowledged(int.from_bytes(packet.body[:2], "big"))
                 else:
                     self._in_packet["command"] = packet.command
                     self._in_packet["packet"] = bytearray(packet.body)
@@ -153,3 +171,10 @@ class CountingClient(paho.Client):
         except (HeaderError, MalformedPacket):
             return MQTTErrorCode.MQTT_ERR_PROTOCOL
         return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def _acknowledged(self, mid: int) -> MQTTErrorCode:
+        """What paho does with a PUBACK, but for reading a reason that it then ignores."""
+        with self._out_message_mutex:
+            if mid not in self._out_messages:
+                return MQTTErrorCode.MQTT_ERR_SUCCESS
+            return self._do_on_publish(mid, _DONE, _NOTHING)

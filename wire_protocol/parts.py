@@ -114,8 +114,9 @@ class Joiner:
         if not 2 <= count <= MAX_PARTS or index >= count or total > self._max_payload_bytes:
             raise HeaderError(f"part {index} of {count}, {total} bytes in all, is out of range")
         size = -(-total // count)
-        wanted = size if index + 1 < count else total - size * (count - 1)
-        if not 0 < wanted == len(part) - HEADER_BYTES:
+        rest = total - size * (count - 1)
+        wanted = size if index + 1 < count else rest
+        if rest < 1 or wanted != len(part) - HEADER_BYTES:
             raise HeaderError(
                 f"part {index} of {count} has {len(part) - HEADER_BYTES} bytes, not {wanted}"
             )
