@@ -250,7 +250,6 @@ class Link:
         )  # fmt: skip
         client.max_inflight_messages_set(_MESSAGES_IN_FLIGHT)
         client.max_queued_messages_set(_PACKETS_QUEUED)
-        _draw_reconnect_delay(client)
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=_QOS)
         client.on_socket_open = _set_nodelay
