@@ -138,6 +138,7 @@ class RawClient:
         self._next(0x90)
 
     def publish(self, topic: str, payload: bytes) -> None:
+        """Send at QoS 1; the PUBACK is passed over later."""
         self._sock.sendall(_packet(0x32, _text(topic) + b"\0\1" + payload))
 
     def receive(self) -> memoryview:
@@ -148,6 +149,7 @@ class RawClient:
         return body[begin + 2 :]
 
     def close(self) -> None:
+        """End the connection."""
         self._sock.close()
 
     def _next(self, kind: int) -> memoryview:

@@ -126,7 +126,7 @@ def shard(data: str, devices: int, alpha: float, seed: int, holdout: float, out:
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when a lost broker stays away for this long.")  # fmt: skip
 @click.option("--packet-limit", default=0, type=PACKET_BYTES, show_default=True, metavar="BYTES",
-              help="Largest packet, for a broker that does not tell its limit; 0: none.")  # fmt: skip
+              help="Largest packet, for a broker that tells no limit; 0: none.")  # fmt: skip
 def device(
     device_id: str, broker: str, connect_s: float, data: Path, fleet: str, bundle: Path | None,
     state: Path | None, threads: int, speed: float, delay_s: float, wait_s: float,

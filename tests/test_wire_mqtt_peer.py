@@ -225,7 +225,7 @@ def test_a_broker_that_dies_with_a_message_under_way_is_not_blamed(
 
     def script(connection: socket.socket, number: int) -> None:
         welcome(connection)
-        kind, body = read_packet(connection)
+        _, body = read_packet(connection)
         begin = 2 + int.from_bytes(body[:2], "big")
         if number > 1:
             connection.sendall(b"\x40\x02" + body[begin : begin + 2])
@@ -236,5 +236,5 @@ def test_a_broker_that_dies_with_a_message_under_way_is_not_blamed(
     seen: list[LinkEvent] = []
     for number in range(3):
         link.publish("x", bytes(5000 + number))
-        assert wait_for(lambda: fill(seen, link) and seen.count(Connected()) > number)
+        assert wait_for(lambda n=number: fill(seen, link) and seen.count(Connected()) > n)
     assert not any(getattr(event, "fatal", False) for event in seen)

@@ -32,8 +32,9 @@ DIGESTS = {
     "_messages_reconnect_reset_out": "464a42c69618a49b",
 }
 REVIEW = (
-    "paho {installed} has another {name} than {reviewed}: compare wire_protocol/paho_client.py with "
-    "it (locks, states of _out_messages, who calls it from which thread), then take over its digest"
+    "paho {installed} has another {name} than {reviewed}: compare wire_protocol/paho_client.py "
+    "with it (locks, states of _out_messages, who calls it from which thread), then take over "
+    "its digest"
 )
 
 
@@ -59,7 +60,7 @@ def test_the_overridden_methods_keep_their_parameters() -> None:
 
 def test_every_private_name_that_the_client_uses_exists_in_paho() -> None:
     source = inspect.getsource(CountingClient)
-    own = {name for name in vars(CountingClient)} | {
+    own = set(vars(CountingClient)) | {
         "_max_payload_bytes", "_deliver", "_write_lock", "_reader",
     }  # fmt: skip
     used = set(re.findall(r"(?:self|super\(\))\.(_[a-z]\w+)", source)) - own

@@ -1,4 +1,4 @@
-"""The reader of MQTT streams, pure: any fragmentation gives the same packets, nothing hostile fits."""
+"""The reader of MQTT streams: any fragmentation gives the same packets, nothing hostile fits."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ def packet(command: int, body: bytes) -> bytes:
     return bytes([command]) + length(len(body)) + body
 
 
-def publish(
-    payload: bytes, *, topic: bytes = b"a/b", mid: int = 7, qos: int = 1, properties: bytes | None = b"",
-) -> bytes:  # fmt: skip
+def publish(payload: bytes, *, mid: int = 7, qos: int = 1, properties: bytes | None = b"") -> bytes:
     """A PUBLISH by MQTT 5, or by 3.1.1 when there are no properties."""
-    body = len(topic).to_bytes(2, "big") + topic + (mid.to_bytes(2, "big") if qos else b"")
+    body = b"\0\3a/b" + (mid.to_bytes(2, "big") if qos else b"")
     if properties is not None:
         body += length(len(properties)) + properties
     return packet(0x30 | qos << 1, body + payload)
@@ -52,10 +50,9 @@ def feed(reader: PacketReader, stream: bytes, sizes: Iterator[int]) -> list[Publ
 
 def pieces(kind: str) -> Iterator[int]:
     chance = random.Random(0)
+    sizes = {"bytes": (1,), "whole": (1 << 30,), "any": (1, 3, 1000, 70_000, 300_000)}[kind]
     while True:
-        yield {"bytes": 1, "whole": 1 << 30, "any": chance.choice((1, 3, 1000, 70_000, 300_000))}[
-            kind
-        ]
+        yield chance.choice(sizes)
 
 
 SIZES = [
