@@ -155,8 +155,8 @@ FIELDS = {
     "join": "epoch protocol version shard_index samples",
     "fetch": "digest first count",
     "ready": "run epoch next_round",
-    "report": "run epoch round started_unix_s perturb_s forward_s encode_s wait_s replay_s bytes_up "
-    "bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes",
+    "report": "run epoch round started_unix_s perturb_s forward_s encode_s wait_s replay_s "
+    "bytes_up bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes",
     "leave": "epoch reason",
     "hello": "",
     "welcome": "run run_seed epoch device manifest_sha256 manifest_bytes directions_sha256 lam "

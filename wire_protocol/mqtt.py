@@ -189,8 +189,8 @@ class Link:
             if answered and "protocol version" not in self._refusal.lower():
                 break
         reason = self._refusal or (
-            "it accepts connections but does not answer: it speaks no MQTT, or takes packets "
-            f"below {MIN_PACKET_BYTES} bytes only (max_packet_size)"
+            "it accepts connections but does not speak MQTT, or takes packets below "
+            f"{MIN_PACKET_BYTES} bytes only (max_packet_size)"
         )
         raise TransportError(f"broker {self.address} refused the connection: {reason}")
 
