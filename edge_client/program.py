@@ -9,6 +9,7 @@ from pathlib import Path
 from edge_client.agent import Agent, AgentSettings
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
+from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import MAX_CONTROL_BYTES, Leave, encode
 from wire_protocol.mqtt import Address, Link, Will
@@ -20,6 +21,7 @@ def run_device(
     packet_limit: int, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Take part until the run ends. Raises a MusplitError; says goodbye in any case."""
+    keep_freed_memory()
     check_name(settings.device_id, "device id")
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)

@@ -16,6 +16,7 @@ from server_node.plot import plot_run
 from server_node.prepare import Experiment, prepare
 from server_node.run import Run
 from server_node.summary import RunResult, summarise, write_summary
+from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.errors import StalledError, TransportError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.mqtt import Address, Link
@@ -30,6 +31,7 @@ def serve(
 
     Raises a MusplitError; the journal and the metrics written so far stay.
     """
+    keep_freed_memory()
     experiment = prepare(config, folder)
     notify(
         {"event": "prepared", "folder": str(folder), "bundle_sha256": experiment.exported.digest,
