@@ -44,6 +44,7 @@ from wire_protocol.messages import (
     encode,
 )
 from wire_protocol.mqtt import Connected, Disconnected, LinkLike
+from wire_protocol.mqtt_stream import Payload
 from wire_protocol.topics import PROTOCOL_VERSION, Topics
 
 # Silence after which the last request is repeated.
@@ -137,7 +138,7 @@ class Agent:
 
     # -- what arrives ------------------------------------------------------------------------
 
-    def _receive(self, payload: bytes) -> None:
+    def _receive(self, payload: Payload) -> None:
         try:
             message = decode_down(payload)
         except ProtocolError as error:

@@ -9,6 +9,8 @@ from pathlib import Path
 from edge_client.agent import Agent, AgentSettings
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
+from wire_protocol.allocator import keep_freed_memory
+from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import MAX_CONTROL_BYTES, Leave, encode
 from wire_protocol.mqtt import Address, Link, Will
 from wire_protocol.topics import Topics, check_name
@@ -16,9 +18,10 @@ from wire_protocol.topics import Topics, check_name
 
 def run_device(
     settings: AgentSettings, address: Address, data: Path, state: Path, connect_s: float,
-    say: Callable[[str], None],
+    packet_limit: int, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Take part until the run ends. Raises a MusplitError; says goodbye in any case."""
+    keep_freed_memory()
     check_name(settings.device_id, "device id")
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
@@ -28,11 +31,13 @@ def run_device(
     link = Link(
         f"{settings.fleet}/{settings.device_id}", address,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
-        will=will, max_payload_bytes=MAX_CONTROL_BYTES,
+        will=will, max_payload_bytes=MAX_CONTROL_BYTES, packet_limit=packet_limit,
     )  # fmt: skip
     try:
         link.open(connect_s)
         say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}")
+        if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
+            say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
         agent = Agent(settings, epoch, shard, store, link, say)
         reason = "stopped"
         try:

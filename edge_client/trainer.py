@@ -66,9 +66,9 @@ class Trainer:
             frame = Frame(
                 FrameKind.ACTIVATION if first else FrameKind.DIFFERENCES,
                 welcome.run, epoch, number, 0 if isinstance(part, Activation) else part.first_k,
-                part.tensor, labels if first else _NO_LABELS,
+                part.tensor, labels if first else _NO_LABELS, welcome.encoding,
             )  # fmt: skip
-            payload = encode_frame(frame)
+            payload = encode_frame(frame, compressed=welcome.compression == "zstd")
             self._sent_s = self._clock.lap("encode_s", begin_s)
             yield payload
 

@@ -54,16 +54,23 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_broker(address: Address, say: Callable[[str], None]) -> int:
-    """Run a broker in the foreground until interrupted; returns its exit code."""
+def run_broker(address: Address, say: Callable[[str], None], max_packet_bytes: int = 0) -> int:
+    """Run a broker in the foreground until interrupted; returns its exit code.
+
+    Packets above `max_packet_bytes` end their connection (0: room for the largest frame).
+    """
     mosquitto = shutil.which("mosquitto")
+    if mosquitto is None and max_packet_bytes:
+        raise ListenError("--max-packet: amqtt has no packet limit; install mosquitto")
     if mosquitto is None:
         say(f"amqtt (MQTT 3.1.1) listening on {address}")
         asyncio.run(_run_amqtt(address))
         return 0
     with tempfile.TemporaryDirectory(prefix="musplit-broker-") as folder, processes() as group:
         configuration = Path(folder) / "mosquitto.conf"
-        configuration.write_text(mosquitto_configuration(address), encoding="utf-8")
+        configuration.write_text(
+            mosquitto_configuration(address, max_packet_bytes), encoding="utf-8"
+        )
         log = Path(folder) / "mosquitto.log"
         process = group.start([mosquitto, "-c", str(configuration)], log)
         if not wait_for_broker(address, _START_S, lambda: process.poll() is None):
@@ -86,7 +93,7 @@ def wait_for_broker(address: Address, timeout_s: float, alive: Callable[[], bool
     return False
 
 
-def mosquitto_configuration(address: Address) -> str:
+def mosquitto_configuration(address: Address, max_packet_bytes: int = 0) -> str:
     """A configuration that keeps nothing on disk and drops nothing a fleet sends."""
     return "\n".join(
         (
@@ -98,7 +105,7 @@ def mosquitto_configuration(address: Address) -> str:
             "log_type error",
             "log_type warning",
             # mosquitto 2.1 cuts connections at 2,000,000 bytes unless told otherwise.
-            f"max_packet_size {MAX_FRAME_BYTES + 65536}",
+            f"max_packet_size {max_packet_bytes or MAX_FRAME_BYTES + 65536}",
             # The default of 1000 drops messages while the publisher is told success.
             "max_queued_messages 100000",
             "",

@@ -50,7 +50,7 @@ def emulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     logs = folder / "logs"
     with processes() as group:
-        address, broker = _start_broker(group, logs)
+        address, broker = _start_broker(group, logs, config.emulation.max_packet_bytes)
         server = _start_server(group, config, folder, address)
         # The server exports its model meanwhile.
         data = load_dataset(config.data)
@@ -60,10 +60,15 @@ def emulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
         return _watch(group, broker, server, devices, logs, notify)
 
 
-def _start_broker(group: Processes, logs: Path) -> tuple[Address, subprocess.Popen[bytes]]:
+def _start_broker(
+    group: Processes, logs: Path, max_packet_bytes: int
+) -> tuple[Address, subprocess.Popen[bytes]]:
     address = Address(LOOPBACK, free_port())
     log = logs / "broker.log"
-    process = group.start(musplit_command("broker", "--listen", str(address)), log)
+    command = musplit_command(
+        "broker", "--listen", str(address), "--max-packet", str(max_packet_bytes)
+    )
+    process = group.start(command, log)
     if not wait_for_broker(address, _BROKER_START_S, lambda: process.poll() is None):
         raise FleetError(f"the embedded broker did not start: {last_line(log)}")
     return address, process
@@ -92,6 +97,7 @@ def _start_device(
         "--data", str(folder / "shards" / shard_name(index)),
         "--state", str(folder / "devices" / name), "--threads", str(config.devices.threads),
         "--speed", str(speed), "--delay-s", str(delay_s),
+        "--packet-limit", str(config.wire.packet_limit),
     )  # fmt: skip
     log = folder / "logs" / f"{name}.log"
     return _Device(name, command, log, group.start(command, log))

@@ -107,6 +107,8 @@ class ProgressView:
                     f"exported: {event['parameters_client']} parameters on the device, "
                     f"{event['parameters_server']} on the server"
                 )
+            case "packet-limit":
+                self._say(f"packets of at most {event['bytes']} bytes: larger ones go in parts")
             case "waiting":
                 self._say(f"waiting for {event['devices']} devices")
             case "left" if event["reason"] != "finished":

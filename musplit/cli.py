@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from musplit.support import (
+    PACKET_BYTES,
     SECONDS,
     FiniteRange,
     broker_options,
@@ -175,10 +176,12 @@ def shard(
               help="Give up when the server is silent for this long.")  # fmt: skip
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when a lost broker stays away for this long.")  # fmt: skip
+@click.option("--packet-limit", default=0, type=PACKET_BYTES, show_default=True, metavar="BYTES",
+              help="Largest packet, for a broker that tells no limit; 0: none.")  # fmt: skip
 def device(
     device_id: str, broker: str, connect_s: float, data: Path, fleet: str, bundle: Path | None,
     state: Path | None, threads: int, speed: float, delay_s: float, wait_s: float,
-    offline_s: float,
+    offline_s: float, packet_limit: int,
 ) -> None:  # fmt: skip
     """Take part in a run as one device: forward passes only, no torch.
 
@@ -197,7 +200,7 @@ def device(
             wait_s=wait_s, offline_s=offline_s,
         )  # fmt: skip
         folder = state or Path("musplit-state") / device_id
-        run_device(settings, parse_address(broker), data, folder, connect_s, say)
+        run_device(settings, parse_address(broker), data, folder, connect_s, packet_limit, say)
 
 
 @main.command()
@@ -236,7 +239,9 @@ def serve(
 @click.option("--listen", default="127.0.0.1:1883", show_default=True, metavar="ADDRESS[:PORT]",
               help="Where to listen; beyond loopback only with --insecure.")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines can reach.")
-def broker(listen: str, insecure: bool) -> None:
+@click.option("--max-packet", default=0, type=PACKET_BYTES, metavar="BYTES",
+              help="Largest packet, mosquitto only; 0: the largest frame fits.")  # fmt: skip
+def broker(listen: str, insecure: bool, max_packet: int) -> None:
     """Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
 
     \b
@@ -249,7 +254,7 @@ def broker(listen: str, insecure: bool) -> None:
         address = parse_address(listen)
         check_listen(address, insecure=insecure)
         try:
-            code = run_broker(address, say)
+            code = run_broker(address, say, max_packet)
         except KeyboardInterrupt:
             say("broker stopped")
             return

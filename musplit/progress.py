@@ -32,6 +32,8 @@ def _text(event: dict[str, Any]) -> None:
                 say(f"note: {note}")
         case "waiting":
             say(f"waiting for {event['devices']} devices; on the first one:\n  {event['command']}")
+        case "packet-limit":
+            say(f"packets of at most {event['bytes']} bytes: larger messages go in parts")
         case "run":
             say("control: the same with the client half frozen" if event["frozen"] else "training")
         case "round" if event["accuracy"] is not None:

@@ -32,6 +32,7 @@ class FiniteRange(click.FloatRange):
 
 
 SECONDS = FiniteRange(0)
+PACKET_BYTES = click.IntRange(0, 268_435_455)  # what MQTT itself allows
 _EXTRAS = {
     "torch": "server", "onnx": "server", "onnxscript": "server", "matplotlib": "server",
     "PIL": "server",

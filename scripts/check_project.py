@@ -40,9 +40,11 @@ RULES: Final = {
     ),
     "musplit": Room(set(_ROOMS), {"click"}),
 }
-# One file each knows MQTT and ONNX Runtime.
+# Few files know MQTT, ONNX Runtime and zstd.
 FILES: Final = {
+    "wire_protocol/encodings.py": {"backports"},
     "wire_protocol/mqtt.py": {"paho"},
+    "wire_protocol/paho_client.py": {"paho"},
     "edge_client/session.py": {"onnxruntime"},
 }
 

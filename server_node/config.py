@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from server_node.errors import ConfigError
+from wire_protocol.encodings import Compression, Encoding
 from wire_protocol.errors import InputError
 from wire_protocol.messages import MAX_CONTROL_BYTES
 from wire_protocol.topics import check_name
@@ -28,6 +29,8 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Positive = Annotated[float, Meta(gt=0, le=1e30)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 Speed = Annotated[float, Meta(gt=0, le=1)]
+# Up to what MQTT itself allows (3.1.1, section 2.2.3).
+PacketLimit = Annotated[int, Meta(ge=0, le=268_435_455)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 
 
@@ -101,6 +104,14 @@ class RoundSection(_Section, frozen=True):
     lobby_s: Positive = 300.0
 
 
+class WireSection(_Section, frozen=True):
+    """How tensors cross the network."""
+
+    encoding: Encoding = "float32"
+    compression: Compression = "none"
+    packet_limit: PacketLimit = 0
+
+
 class ServerSection(_Section, frozen=True):
     """Where the server half computes."""
 
@@ -122,6 +133,7 @@ class EmulationSection(_Section, frozen=True):
 
     speed: list[Speed] = []
     delay_s: list[Seconds] = []
+    max_packet_bytes: PacketLimit = 0
 
 
 class Config(_Section, frozen=True):
@@ -133,6 +145,7 @@ class Config(_Section, frozen=True):
     devices: DevicesSection = DevicesSection()
     method: MethodSection = MethodSection()
     round: RoundSection = RoundSection()
+    wire: WireSection = WireSection()
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()
     emulation: EmulationSection = EmulationSection()

@@ -213,8 +213,7 @@ class Node:
     def _lost(self, event: Disconnected) -> None:
         if event.fatal:
             raise TransportError(
-                f"broker closed the connection: {event.reason}; does another server use fleet "
-                f"{self._topics.fleet!r}?"
+                f"broker closed the connection of fleet {self._topics.fleet!r}: {event.reason}"
             )
         self._notify({"event": "broker-lost", "reason": event.reason})
         self._offline_since_s = self._offline_since_s or time.monotonic()
@@ -223,27 +222,23 @@ class Node:
         uplink = self._topics.parse_uplink(event.topic)
         if uplink is None:
             return
-        member = self._fleet.member(uplink.device_id)
+        member, run = self._fleet.member(uplink.device_id), self._run
         try:
-            message = (decode_frame if uplink.is_frame else decode_up)(event.payload)
+            if not uplink.is_frame:
+                self._control(uplink.device_id, member, decode_up(event.payload))
+            elif run is not None and member is not None and member.index is not None:
+                frame = decode_frame(event.payload, run.compressed_max_bytes)
+                self._frame(run, member, member.index, frame)
         except ProtocolError as error:
-            if self._run is not None:
-                self._run.ledger.useless("refused")
+            if run is not None:
+                run.ledger.useless("refused")
             self._say_refused("refused-message", uplink.device_id, str(error))
-            return
-        if isinstance(message, Frame):
-            self._frame(member, message)
-        else:
-            self._control(uplink.device_id, member, message)
 
-    def _frame(self, member: Member | None, frame: Frame) -> None:
-        run = self._run
-        if run is None or member is None or member.index is None:
-            return
+    def _frame(self, run: Run, member: Member, index: int, frame: Frame) -> None:
         if frame.run != run.header.run or frame.epoch != member.join.epoch:
             return
         try:
-            run.frame(member.index, frame)
+            run.frame(index, frame)
         except FrameFaultError as error:
             run.ledger.useless("refused")
             self._say_refused("refused-device", member.device_id, str(error))
@@ -313,6 +308,7 @@ class Node:
                 manifest_bytes=len(self._experiment.manifest_bytes),
                 directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
                 batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
+                encoding=config.wire.encoding, compression=config.wire.compression,
             ),
         )  # fmt: skip
 

@@ -37,7 +37,7 @@ from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.schedule import step_factor
 from wire_protocol.directions import DirectionGenerator
-from wire_protocol.frames import Frame, FrameKind
+from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
 from wire_protocol.manifest import Manifest, sha256
 from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, encode
 
@@ -114,6 +114,15 @@ class Run:
         """K that devices are asked for; a frozen client half needs none."""
         return self.config.method.directions_client if self.config.method.eta_c else 0
 
+    @property
+    def compressed_max_bytes(self) -> int:
+        """What a compressed frame of this run may grow to; 0 when none is agreed."""
+        if self.config.wire.compression == "none":
+            return 0
+        batch = self.config.devices.batch
+        elements = batch * math.prod(self._manifest.activation.shape) * max(1, self.directions)
+        return HEADER_BYTES + 4 * (elements + batch)
+
     def ready(self, device: int, next_round: int) -> None:
         """A device tells its round: send what it misses, then the open round."""
         if self._coordinator is None:
@@ -140,7 +149,7 @@ class Run:
         if coordinator is None:
             return
         now_s = time.monotonic()
-        check_frame(frame, self.config.devices.batch, self._manifest)
+        check_frame(frame, self.config, self._manifest)
         self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:
             actions = coordinator.activation(device, frame.round, now_s)
@@ -296,8 +305,11 @@ class Run:
         self.ledger.close(reason, self.rounds_closed, self.client, self.server)
 
 
-def check_frame(frame: Frame, batch: int, manifest: Manifest) -> None:
-    """Raise FrameFaultError unless a frame's shape, labels and values fit the run."""
+def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
+    """Raise FrameFaultError unless a frame's encoding, shape, labels and values fit the run."""
+    if frame.encoding not in (config.wire.encoding, "float32"):  # float32 holds what others cannot
+        raise FrameFaultError(f"frame in {frame.encoding}, the run wants {config.wire.encoding}")
+    batch = config.devices.batch
     shape = (batch, *manifest.activation.shape)
     name = frame.kind.name.lower()
     activation = frame.kind is FrameKind.ACTIVATION

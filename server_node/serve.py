@@ -16,7 +16,9 @@ from server_node.plot import plot_run
 from server_node.prepare import Experiment, prepare
 from server_node.run import Run
 from server_node.summary import RunResult, summarise, write_summary
+from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.errors import StalledError, TransportError
+from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.mqtt import Address, Link
 from wire_protocol.topics import Topics
 
@@ -29,6 +31,7 @@ def serve(
 
     Raises a MusplitError; the journal and the metrics written so far stay.
     """
+    keep_freed_memory()
     experiment = prepare(config, folder)
     notify(
         {"event": "prepared", "folder": str(folder), "bundle_sha256": experiment.exported.digest,
@@ -39,9 +42,12 @@ def serve(
     link = Link(
         f"{config.run.fleet}//server", address,
         subscriptions=Topics(config.run.fleet).all_uplinks,
+        packet_limit=config.wire.packet_limit,
     )  # fmt: skip
     link.open(connect_s)
     try:
+        if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
+            notify({"event": "packet-limit", "bytes": link.packet_limit})
         notify(
             {"event": "waiting", "devices": config.devices.count,
              "command": device_command(config, address)}
@@ -84,6 +90,7 @@ def _sum_up(
     """Write summary.json and the plot."""
     config, folder = experiment.config, experiment.folder
     summary = summarise(experiment, main, control, f"MQTT {link.protocol}")
+    summary |= {"max_packet_bytes": link.packet_limit, "chunked": link.chunked}
     write_summary(folder, summary)
     plot_run(folder, f"{config.data.source}, {config.model.name}, tau {config.method.tau}")
     return summary

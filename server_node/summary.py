@@ -65,6 +65,8 @@ def summarise(
         "config_sha256": config.sha256(),
         "bundle_sha256": experiment.exported.digest,
         "broker_protocol": broker,
+        "encoding": config.wire.encoding,
+        "compression": config.wire.compression,
         "server_device": config.server.device,
         "server_threads": config.server.threads,
         "server_replicas": config.server.replicas,

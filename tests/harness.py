@@ -227,10 +227,10 @@ class Bench:
         child.finish(timeout_s)
         return child
 
-    def broker(self) -> Address:
+    def broker(self, *more: str) -> Address:
         """Start `musplit broker` and wait until it listens."""
         address = Address(LOOPBACK, free_port())
-        self.start("broker", "--listen", str(address)).wait_for("listening on")
+        self.start("broker", "--listen", str(address), *more).wait_for("listening on")
         return address
 
     def serve(self, address: Address, run: Path, overrides: Overrides, *more: str) -> Child:
@@ -361,11 +361,15 @@ class Proxy:
         client.close()
         broker.close()
 
+    def _seen(self, source: socket.socket, data: bytes) -> None:
+        """What passes, for those who record it."""
+
     def _pump(self, source: socket.socket, target: socket.socket, uplink: bool) -> None:  # noqa: FBT001
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if uplink:
                     self._uplink_flows.wait()
+                self._seen(source, data)
                 target.sendall(data)
                 with self._lock:
                     if uplink:

@@ -33,15 +33,40 @@ SMALL = Frame(
     labels=np.array([7], np.uint32),
 )
 GOLDEN = bytes.fromhex(
-    "4d555346 01 01 01 00 02 000000"  # MUSF, version 1, activation, float32, raw, 2 dimensions
-    "e2a54c65"  # CRC-32 of all that follows
+    "4d555346 02 01 01 00 02 01 00 00"  # MUSF, version 2, activation, float32, raw, 2 dimensions,
+    "c63cce4a"  # labels of 1 byte; CRC-32 of all that follows
     "0807060504030201 1817161514131211 24232221 00000000"  # run, epoch, round, first k
-    "01000000 00000000"  # one label, reserved
+    "01000000 00000000"  # one label, no channels
     "01000000 02000000 00000000 00000000 00000000 00000000"  # 1 x 2
-    "0000803f 000000c0 07000000"  # 1.0, -2.0, label 7
+    "0000803f 000000c0 07"  # 1.0, -2.0, label 7
 )
+DIFFERENCES = SMALL._replace(
+    kind=FrameKind.DIFFERENCES, first_k=6, labels=np.empty(0, np.uint32),
+    tensor=np.array([[[1, -2]], [[0.5, 0.004]]], np.float32),
+)  # fmt: skip
+# Run, epoch, round and the CRC apart as above: header from dtype to ndim.., and the body.
+GOLDEN_BODIES = {
+    "float16": (SMALL._replace(encoding="float16"), "02000201 0000", 0, "00000039 007000f4 07"),
+    "int8": (SMALL._replace(encoding="int8"), "04000201 0100", 2, "0402813c 4081 80 07"),
+    "float16 differences": (
+        DIFFERENCES._replace(encoding="float16"), "02000300 0000", 0,
+        "00000039 00000038 007000f4 00741958",
+    ),
+    "int8 differences": (
+        DIFFERENCES._replace(encoding="int8"), "03000300 0200", 2,
+        "0402813c 0402813b 4081 7f01",
+    ),
+    "float32 in zstd": (
+        SMALL._replace(
+            tensor=np.zeros((8, 64), np.float32), labels=np.arange(8, dtype=np.uint32) * 100
+        ),
+        "01010202 0000", 0,
+        "28b52ffd601007bd00008000006400c8002c019001f4015802bc020100fdff000b",
+    ),
+}  # fmt: skip
 HUGE = 0xFFFFFFFF
 NO_LABELS = np.empty(0, np.uint32)
+WIDE = np.random.default_rng(0).standard_normal((3, 8, 20), np.float32)
 FRAMES = {
     "activation": SMALL,
     "activation of an image": SMALL._replace(
@@ -75,10 +100,201 @@ def words(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}I", *values)
 
 
+@pytest.mark.parametrize(
+    ("frame", "header", "group", "body"), GOLDEN_BODIES.values(), ids=GOLDEN_BODIES.keys()
+)
+def test_golden_bodies(frame: Frame, header: str, group: int, body: str) -> None:
+    payload = encode_frame(frame, compressed=header.startswith("0101"))
+    assert payload[6:12] == bytes.fromhex(header)
+    assert payload[44:48] == words(group)
+    assert payload[HEADER_BYTES:] == bytes.fromhex(body)
+    got = decode_frame(payload)
+    assert got.encoding == frame.encoding
+    assert got.labels.tolist() == frame.labels.tolist()
+    scale = np.abs(frame.tensor).max(axis=tuple(range(1, frame.tensor.ndim)), keepdims=True)
+    assert (np.abs(got.tensor - frame.tensor) <= scale / 253).all()
+
+
+def every_form() -> list[bytes]:
+    """A small frame of each kind, encoding and compression that there is."""
+    frames = [SMALL._replace(tensor=WIDE, labels=np.arange(3)), DIFFERENCES._replace(tensor=WIDE)]
+    return [
+        encode_frame(
+            frame._replace(encoding=encoding, tensor=frame.tensor * keep),
+            compressed=bool(keep == 0),
+        )
+        for frame in frames
+        for encoding in ("float32", "float16", "int8")
+        for keep in (1, 0)
+    ]
+
+
+FORMS = every_form()
+FORM_NAMES = [f"{p[5]}-{p[6]}-{p[7]}" for p in FORMS]
+every_form_of_frame = pytest.mark.parametrize("payload", FORMS, ids=FORM_NAMES)
+
+
+@every_form_of_frame
+def test_every_form_is_refused_when_cut_flipped_or_lengthened(payload: bytes) -> None:
+    decode_frame(payload)
+    for length in range(len(payload)):
+        with pytest.raises(ProtocolError):
+            decode_frame(payload[:length])
+        cut = bytearray(payload[:length])
+        if length >= HEADER_BYTES:  # under a checksum that is right
+            cut[12:16] = words(zlib.crc32(cut[16:]))
+            with pytest.raises(ProtocolError):
+                decode_frame(bytes(cut))
+    for extra in (b"\0", bytes(4096), payload[HEADER_BYTES:]):
+        longer = bytearray(payload + extra)
+        longer[12:16] = words(zlib.crc32(longer[16:]))
+        with pytest.raises(HeaderError):
+            decode_frame(bytes(longer))
+    for byte in range(len(payload)):
+        flipped = bytearray(payload)
+        flipped[byte] ^= 1 << byte % 8
+        with pytest.raises(ProtocolError):
+            decode_frame(bytes(flipped))
+
+
+@every_form_of_frame
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [(6, b"\0"), (6, b"\5"), (7, b"\2"), (9, b"\3"), (9, b"\4"), (10, b"\7"), (11, b"\1"),
+     (40, b"\xff\xff\xff\xff"), (44, b"\xff\0\0\0"), (48, b"\xff\xff\xff\x7f"), (56, b"\0\0\0\0")],
+)  # fmt: skip
+def test_every_form_is_refused_under_a_lying_header(
+    payload: bytes, offset: int, value: bytes
+) -> None:
+    lying = bytearray(payload)
+    lying[offset : offset + len(value)] = value
+    lying[12:16] = words(zlib.crc32(lying[16:]))
+    with pytest.raises(ProtocolError):
+        decode_cheaply(bytes(lying))
+
+
+def test_a_bomb_is_bounded_before_it_is_decompressed() -> None:
+    bomb = encode_frame(SMALL._replace(tensor=np.zeros((4, 1 << 20), np.float32)), compressed=True)
+    assert len(bomb) < 4096
+    with pytest.raises(HeaderError, match="exceeds"):
+        decode_frame(bomb, 1 << 20)
+    with pytest.raises(HeaderError, match="exceeds 0"):
+        decode_frame(bomb, 0)
+    # A header that promises little, before a body that grows beyond it.
+    lying = bytearray(bomb)
+    lying[48:56] = words(1, 4096)
+    lying[12:16] = words(zlib.crc32(lying[16:]))
+    with pytest.raises(HeaderError, match="zstd"):
+        decode_cheaply(bytes(lying))
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0])
+def test_scales_that_are_none_are_refused(scale: float) -> None:
+    payload = bytearray(encode_frame(DIFFERENCES._replace(encoding="int8")))
+    struct.pack_into("<f", payload, HEADER_BYTES, scale)
+    payload[12:16] = words(zlib.crc32(payload[16:]))
+    with pytest.raises(HeaderError, match="scale"):
+        decode_frame(bytes(payload))
+
+
+SHAPES = {
+    "mlp": (32, 32), "wide": (32, 1000), "odd": (7, 33), "one feature": (256, 1),
+    "lenet": (32, 6, 14, 14), "transformer": (2, 16, 48), "video": (2, 3, 2, 4, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    ("encoding", "kind", "error"),
+    [("float16", 1, 2**-11), ("float16", 2, 2**-11), ("int8", 1, 1 / 4063), ("int8", 2, 1 / 253)],
+)
+def test_errors_stay_within_the_step_of_their_scale(shape, encoding, kind, error) -> None:
+    """Channels and directions may differ by any factor: each has a scale of its own."""
+    random = np.random.default_rng(1)
+    shape = shape if kind == 1 else (4, *shape)
+    tensor = random.standard_normal(shape, np.float32)
+    if kind == 2:
+        tensor *= np.float32(10.0) ** -np.arange(0, 32, 8).reshape(4, *[1] * (len(shape) - 1))
+    frame = SMALL._replace(kind=FrameKind(kind), tensor=tensor, labels=NO_LABELS, encoding=encoding)
+    got = decode_frame(encode_frame(frame))
+    assert got.encoding == encoding
+    axes = tuple(range(kind - 1, len(shape)))
+    peak = np.abs(tensor).max(axis=axes, keepdims=True)
+    assert (np.abs(got.tensor - tensor) <= peak * error).all()
+
+
+def test_channels_have_scales_of_their_own() -> None:
+    """An outlier in one channel costs the others nothing."""
+    tensor = np.random.default_rng(1).standard_normal((64, 8), np.float32)
+    tensor[:, 3] *= 1e6
+    frame = SMALL._replace(tensor=tensor[None], kind=FrameKind.DIFFERENCES, labels=NO_LABELS)
+    got = decode_frame(encode_frame(frame._replace(encoding="int8"))).tensor[0]
+    assert np.abs(got - tensor)[:, 0].max() < 0.02
+
+
+EXTREMES = {
+    "zeros": np.zeros((4, 32), np.float32),
+    "a zero channel": np.eye(32, dtype=np.float32) * 3,
+    "denormals": np.full((4, 32), 1e-44, np.float32),
+    "largest": np.full((4, 32), 3.4e38, np.float32),
+    "all magnitudes": np.float32(10.0) ** np.linspace(-44, 38, 128).reshape(4, 32),
+}
+
+
+@pytest.mark.parametrize("tensor", EXTREMES.values(), ids=EXTREMES.keys())
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+def test_extreme_values_stay_finite_and_small_ones_go_to_zero(tensor, encoding) -> None:
+    tensor = tensor.astype(np.float32)
+    got = decode_frame(encode_frame(SMALL._replace(tensor=tensor, encoding=encoding)))
+    assert got.encoding == encoding
+    assert np.isfinite(got.tensor).all()
+    assert (np.abs(got.tensor - tensor) <= max(np.abs(tensor).max() / 2000, 1e-35)).all()
+    assert (got.tensor[tensor == 0] == 0).all()
+
+
+@pytest.mark.parametrize("encoding", ["float16", "int8"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_an_encoding_cannot_hold_goes_as_float32(encoding, value) -> None:
+    """The device lives on; the server refuses the value."""
+    tensor = np.array([[1, value]], np.float32)
+    got = decode_frame(encode_frame(SMALL._replace(tensor=tensor, encoding=encoding)))
+    assert got.encoding == "float32"
+    np.testing.assert_array_equal(got.tensor, tensor)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_int8_differences_take_at_most_0_30_of_float32(shape) -> None:
+    tensor = np.random.default_rng(0).standard_normal((8, *shape), np.float32)
+    frame = DIFFERENCES._replace(tensor=tensor)
+    plain, packed = (len(encode_frame(frame._replace(encoding=e))) for e in ("float32", "int8"))
+    assert packed <= (0.30 if plain >= 65536 else 0.35) * plain
+
+
+@pytest.mark.parametrize(("largest", "width"), [(255, 1), (256, 2), (65535, 2), (65536, 4)])
+def test_labels_take_the_bytes_that_the_largest_needs(largest: int, width: int) -> None:
+    payload = encode_frame(SMALL._replace(labels=np.array([0, largest], np.uint32)))
+    assert len(payload) == HEADER_BYTES + 8 + 2 * width
+    assert decode_frame(payload).labels.tolist() == [0, largest]
+
+
+def test_only_what_shrinks_is_compressed() -> None:
+    noise = SMALL._replace(tensor=np.random.default_rng(0).standard_normal((64, 64), np.float32))
+    for encoding, scarce in (("float32", 0.9), ("int8", 0.0)):
+        frame = noise._replace(encoding=encoding)
+        assert (encode_frame(frame, compressed=True)[7] == 1) == bool(scarce)
+    half = noise._replace(tensor=np.maximum(noise.tensor, 0), encoding="int8")
+    payload = encode_frame(half, compressed=True)
+    assert payload[7] == 1
+    assert len(payload) < 0.95 * len(encode_frame(half))
+    np.testing.assert_array_equal(
+        decode_frame(payload).tensor, decode_frame(encode_frame(half)).tensor
+    )
+
+
 def test_the_golden_frame_encodes_and_decodes_byte_for_byte() -> None:
     assert encode_frame(SMALL) == GOLDEN
     assert_same(decode_frame(GOLDEN), SMALL)
-    assert len(GOLDEN) == HEADER_BYTES + 12
+    assert len(GOLDEN) == HEADER_BYTES + 9
 
 
 def assert_same(got: Frame, want: Frame) -> None:
@@ -99,7 +315,6 @@ def test_a_decoded_frame_is_a_view_of_the_payload() -> None:
     payload = encode_frame(SMALL._replace(tensor=np.ones((64, 256), np.float32)))
     frame = decode_frame(payload)
     assert np.shares_memory(frame.tensor, np.frombuffer(payload, np.uint8))
-    assert np.shares_memory(frame.labels, np.frombuffer(payload, np.uint8))
 
 
 @pytest.mark.parametrize("length", range(len(GOLDEN)))
@@ -128,18 +343,23 @@ def test_an_altered_byte_that_no_field_check_can_see_is_a_checksum_error(byte: i
 LIES = {
     "magic": (HeaderError, forged((0, b"MUSC"))),
     "version 0": (HeaderError, forged((4, b"\0"))),
-    "version 2": (HeaderError, forged((4, b"\2"))),
+    "version 1": (HeaderError, forged((4, b"\1"))),
+    "version 3": (HeaderError, forged((4, b"\3"))),
     "kind 0": (HeaderError, forged((5, b"\0"))),
     "kind 3": (HeaderError, forged((5, b"\3"))),
-    "dtype 2": (HeaderError, forged((6, b"\2"))),
-    "encoding 1": (HeaderError, forged((7, b"\1"))),
+    "dtype 5": (HeaderError, forged((6, b"\5"))),
+    "compression 2": (HeaderError, forged((7, b"\2"))),
+    "compression where there is none": (HeaderError, forged((7, b"\1"))),
+    "no label width": (HeaderError, forged((9, b"\0"))),
+    "labels of 3 bytes": (HeaderError, forged((9, b"\3"))),
+    "channels of float32": (HeaderError, forged((44, words(1)))),
+    "a channel axis of float32": (HeaderError, forged((10, b"\1"))),
     "0 dimensions": (HeaderError, forged((8, b"\0"), (48, words(0, 0)))),
     "7 dimensions": (HeaderError, forged((8, b"\7"))),
     "255 dimensions": (HeaderError, forged((8, b"\xff"))),
     "1 dimension, two given": (HeaderError, forged((8, b"\1"))),
     "2 dimensions, sixth given": (HeaderError, forged((68, words(1)))),
     "first reserved": (HeaderError, forged((11, b"\1"))),
-    "second reserved": (HeaderError, forged((44, words(1)))),
     "trailing byte": (HeaderError, forged(extra=b"\0")),
     "trailing kilobytes": (HeaderError, forged(extra=bytes(4096))),
     "fewer labels": (HeaderError, forged((40, words(0)))),
@@ -149,13 +369,13 @@ LIES = {
     "huge label count": (TruncatedError, forged((40, words(HUGE)))),
     "one huge dimension": (TruncatedError, forged((52, words(HUGE)))),
     "six huge dimensions": (TruncatedError, forged((8, b"\6"), (48, words(*[HUGE] * 6)))),
-    # 2**31 * 2**31 * 4 floats are 0 bytes in 64-bit arithmetic: then the label fits.
+    # 2**31 * 2**31 * 4 floats are 0 bytes in 64-bit arithmetic: then the labels fit.
     "dimensions that wrap to 0": (
-        TruncatedError, forged((8, b"\3"), (40, words(3)), (48, words(1 << 31, 1 << 31, 4))),
+        TruncatedError, forged((8, b"\3"), (40, words(9)), (48, words(1 << 31, 1 << 31, 4))),
     ),
     # No elements, so the sizes add up; but no array can have this shape.
     "empty tensor of huge dimensions": (
-        HeaderError, forged((8, b"\3"), (40, words(3)), (48, words(0, HUGE, HUGE))),
+        HeaderError, forged((8, b"\3"), (40, words(9)), (48, words(0, HUGE, HUGE))),
     ),
 }  # fmt: skip
 
@@ -185,6 +405,10 @@ def test_an_oversize_frame_is_refused_on_both_sides() -> None:
         encode_frame(SMALL._replace(tensor=tensor, labels=NO_LABELS))
     with pytest.raises(HeaderError, match="exceeds"):
         decode_cheaply(GOLDEN.ljust(MAX_FRAME_BYTES + 1, b"\0"))
+    count = MAX_FRAME_BYTES // 4 + 1  # as float16 it fits, as float32 it would not
+    form = (6, b"\2"), (9, b"\0"), (40, words(0)), (48, words(1, count))
+    with pytest.raises(HeaderError, match="exceeds"):
+        decode_cheaply(forged(*form, extra=bytes(4 + 2 * count - 9)))
 
 
 def test_the_largest_frame_is_accepted() -> None:
@@ -227,11 +451,12 @@ def test_random_shapes_under_a_right_checksum_raise_nothing_but_protocol_errors(
     dims: list[int], label_count: int, body: bytes
 ) -> None:
     """The body is as long as the header promises, when that is less than 4 KiB."""
-    size = (math.prod(dims) + label_count) * 4
+    size = math.prod(dims) * 4 + label_count
     if size < 4096:
         body = body[:size].ljust(size, b"\0")
     header = forged(
         (8, bytes([len(dims)])),
+        (9, bytes([label_count > 0])),
         (40, words(label_count)),
         (48, words(*dims, *[0] * (6 - len(dims)))),
     )

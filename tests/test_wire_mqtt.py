@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import re
+import random
 import signal
 import socket
 import subprocess
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import paho.mqtt.client as paho
 import pytest
 from wire_support import (
     MOSQUITTO,
@@ -25,6 +23,7 @@ from wire_support import (
 
 from wire_protocol.errors import TransportError
 from wire_protocol.mqtt import Address, Connected, Disconnected, Link, LinkEvent, Received, Will
+from wire_protocol.parts import split
 
 needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 KINDS = [pytest.param("mosquitto", marks=needs_mosquitto), "amqtt"]
@@ -171,13 +170,106 @@ def test_a_closed_link_sends_what_is_queued_and_leaves_no_will(bench: Bench) -> 
     assert link.next_event(0.5) is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 1000, 131_072, 1_000_001, 8 << 20])
+def test_every_size_arrives_as_it_was_sent(bench: Bench, kind: str, size: int) -> None:
+    """And is acknowledged: nothing is delivered again, nothing waits."""
+    link = bench.link(bench.broker(kind).address)
+    payload = random.Random(size).randbytes(size)
+    for _ in range(2):
+        link.publish("in/x", payload)
+    for _ in range(2):
+        event = until(link, Received, 60.0)
+        assert isinstance(event, Received)
+        assert event.topic == "in/x"
+        assert event.payload == payload
+    assert wait_for(lambda: link.backlog == 0)
+    assert link.next_event(0.2) is None
+    assert not link.chunked
+
+
 @needs_mosquitto
-def test_a_message_beyond_the_brokers_limit_is_refused_by_its_name(bench: Bench) -> None:
-    link = bench.link(bench.broker(extra="max_packet_size 20000").address)
-    with pytest.raises(TransportError, match=r"20000 bytes.*max_packet_size"):
-        link.publish("in/x", bytes(20_000))
-    link.publish("in/x", bytes(19_900))
-    assert link.next_event(5) == Received("in/x", bytes(19_900))
+@pytest.mark.parametrize("limit", [600, 20_000])
+def test_a_message_beyond_the_brokers_limit_goes_in_parts(bench: Bench, limit: int) -> None:
+    """At the limit nothing is cut; mosquitto counts what comes after the fixed header."""
+    link = bench.link(bench.broker(extra=f"max_packet_size {limit}").address)
+    assert link.packet_limit == limit
+    around = len("in/x") + 10
+    for size in (limit - around, limit - around + 1, limit * 3, 200_000):
+        payload = random.Random(size).randbytes(size)
+        link.publish("in/x", payload)
+        assert until(link, Received) == Received("in/x", payload)
+        assert link.chunked == (size > limit - around)
+
+
+@needs_mosquitto
+def test_parts_that_were_lost_come_with_the_message_sent_again(bench: Bench) -> None:
+    """Over a lost connection of the receiver too."""
+    broker = bench.broker(extra="max_packet_size 1000")
+    proxy = bench.proxy(broker.address)
+    receiver = bench.link(proxy.address)
+    sender = bench.link(broker.address, name="b")
+    message = random.Random(0).randbytes(5000)
+    pieces = split(message, 900)
+    assert pieces
+    for piece in pieces[:-2]:
+        sender.publish("in/x", piece)
+    assert wait_for(lambda: receiver._joiner.held_bytes > 3000)
+    proxy.hang_up()
+    until(receiver, Connected)
+    for piece in pieces[-2:]:
+        sender.publish("in/x", piece)
+    assert until(receiver, Received) == Received("in/x", message)
+
+
+@needs_mosquitto
+def test_a_limit_of_ones_own_acts_where_the_broker_tells_none(bench: Bench) -> None:
+    address = bench.broker().address
+    link = Link("a", address, subscriptions=["in/#"], packet_limit=1000)
+    link.open(20)
+    assert link.next_event(1) == Connected()
+    assert link.packet_limit == 1000
+    link.publish("in/x", bytes(5000))
+    assert until(link, Received) == Received("in/x", bytes(5000))
+    assert link.chunked
+    link.close()
+
+
+@needs_mosquitto
+def test_a_limit_below_one_header_is_an_error_that_names_it(bench: Bench) -> None:
+    address = bench.broker(extra="max_packet_size 100").address
+    link = Link("a", address, subscriptions=["in/#"])
+    with pytest.raises(TransportError, match=r"packets of 100 bytes.*512.*max_packet_size"):
+        link.open(20)
+    own = Link("a", address, subscriptions=["in/#"], packet_limit=511)
+    with pytest.raises(TransportError, match=r"511 bytes.*512"):
+        own.open(20)
+    for one in (link, own):
+        one.close()
+
+
+@needs_mosquitto
+def test_a_message_of_too_many_parts_is_refused_with_the_remedy(bench: Bench) -> None:
+    link = bench.link(bench.broker(extra="max_packet_size 512").address)
+    with pytest.raises(TransportError, match="too many parts"):
+        link.publish("in/x", bytes(8 << 20))
+    assert link.backlog == 0
+
+
+@needs_mosquitto
+def test_damaged_parts_are_handed_on_to_be_refused(bench: Bench) -> None:
+    link = bench.link(bench.broker().address)
+    link.publish("in/x", b"MUSP is no header")
+    assert until(link, Received) == Received("in/x", b"MUSP is no header")
+
+
+@needs_mosquitto
+def test_links_come_back_at_different_times(bench: Bench) -> None:
+    """A fleet must not return to a restarted broker all at once."""
+    address = bench.broker().address
+    clients = [bench.link(address, name=name)._client for name in "abc"]
+    delays = {(client._reconnect_min_delay, client._reconnect_max_delay) for client in clients}
+    assert len(delays) == 3
 
 
 @needs_mosquitto
@@ -187,7 +279,7 @@ def test_an_endless_queue_is_refused_while_the_broker_is_away(bench: Bench) -> N
     broker.kill()
     assert isinstance(link.next_event(5), Disconnected)
     with pytest.raises(TransportError, match="too slowly"):
-        publish_many(link, 10_000)
+        publish_many(link, 20_000)
 
 
 def publish_many(link: Link, count: int) -> None:
@@ -223,27 +315,3 @@ def test_opening_waits_for_a_broker_that_starts_late(tmp_path: Path) -> None:
     finally:
         timer.join()
         broker.kill()
-
-
-def test_paho_still_has_what_the_link_overrides() -> None:
-    """Byte counts and flushing rest on paho's private names: a change there must be loud."""
-    for name, parameter in (("_sock_send", "buf"), ("_sock_recv", "bufsize")):
-        method = getattr(paho.Client, name)
-        assert list(inspect.signature(method).parameters) == ["self", parameter]
-    raw = name_of_raw_calls()
-    assert raw == {"_sock_send", "_sock_recv"}, "paho uses its socket elsewhere: bytes go uncounted"
-    client = paho.Client(paho.CallbackAPIVersion.VERSION2)
-    assert len(client._out_messages) == 0
-    client.publish("x", b"", qos=1)
-    assert len(client._out_messages) == 1
-
-
-def name_of_raw_calls() -> set[str]:
-    """Methods of paho's client that read or write its socket themselves."""
-    return {
-        name
-        for name, method in inspect.getmembers(paho.Client, inspect.isfunction)
-        if re.search(
-            r"_sock\.(send|sendall|recv|recv_into|read|write)\(", inspect.getsource(method)
-        )
-    }

@@ -103,7 +103,7 @@ def test_a_second_client_with_the_same_id_is_fatal(
     serve: Serve, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the first does not come back to steal the session in its turn."""
-    monkeypatch.setattr(wire_protocol.mqtt, "_RECONNECT_MAX_S", 1)
+    monkeypatch.setattr(wire_protocol.mqtt, "_RECONNECT_MAX_S", (0.5, 1.0))
 
     def script(connection: socket.socket, _number: int) -> None:
         welcome(connection)
@@ -112,7 +112,7 @@ def test_a_second_client_with_the_same_id_is_fatal(
 
     server = serve(script)
     event = opened(server).next_event(5)
-    assert event == Disconnected("another client connected with the same id", fatal=True)
+    assert event == Disconnected("another client connected with the same id, 'a'", fatal=True)
     assert not wait_for(lambda: server.connections > 1, timeout_s=2.5)
 
 
@@ -180,3 +180,61 @@ def test_a_broken_packet_does_not_end_the_link(serve: Serve, opened: Opened, pac
     link = opened(serve(script))
     seen: list[LinkEvent] = []
     assert wait_for(lambda: fill(seen, link) and Received("x", b"hi") in seen, timeout_s=5)
+
+
+def takes_no_publish(limit: int, *, farewell: bytes = b"") -> Script:
+    """A broker that cuts a connection at a PUBLISH above a limit that it does not tell."""
+
+    def script(connection: socket.socket, _number: int) -> None:
+        welcome(connection)
+        while True:
+            kind, body = read_packet(connection)
+            if kind & 0xF0 == 0x30 and len(body) > limit:
+                connection.sendall(farewell)
+                connection.close()
+                return
+            if kind & 0xF0 == 0x30:
+                begin = 2 + int.from_bytes(body[:2], "big")
+                connection.sendall(b"\x40\x02" + body[begin : begin + 2])
+            elif not kind:
+                return
+
+    return script
+
+
+@pytest.mark.parametrize("farewell", [b"", b"\xe0\x02\x95\x00"], ids=["silently", "saying so"])
+def test_a_broker_that_cuts_the_connection_for_size_is_named_within_two_attempts(
+    serve: Serve, opened: Opened, farewell: bytes
+) -> None:
+    server = serve(takes_no_publish(1000, farewell=farewell))
+    link = opened(server)
+    link.publish("x", b"small")
+    link.publish("x", bytes(5000))
+    seen: list[LinkEvent] = []
+    assert wait_for(lambda: fill(seen, link) and getattr(seen[-1], "fatal", False))
+    assert isinstance(seen[-1], Disconnected)
+    for part in (str(server.address), "5000 bytes", "max_packet_size", "--packet-limit"):
+        assert part in seen[-1].reason
+    assert server.connections == (1 if farewell else 2)
+
+
+def test_a_broker_that_dies_with_a_message_under_way_is_not_blamed(
+    serve: Serve, opened: Opened
+) -> None:
+    """Once, or each time with another message: that is a broken broker, not a large message."""
+
+    def script(connection: socket.socket, number: int) -> None:
+        welcome(connection)
+        _, body = read_packet(connection)
+        begin = 2 + int.from_bytes(body[:2], "big")
+        if number > 1:
+            connection.sendall(b"\x40\x02" + body[begin : begin + 2])
+            read_packet(connection)
+        connection.close()
+
+    link = opened(serve(script))
+    seen: list[LinkEvent] = []
+    for number in range(3):
+        link.publish("x", bytes(5000 + number))
+        assert wait_for(lambda n=number: fill(seen, link) and seen.count(Connected()) > n)
+    assert not any(getattr(event, "fatal", False) for event in seen)

@@ -14,6 +14,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from wire_protocol.encodings import Compression, Encoding
 from wire_protocol.errors import ChecksumError, MessageError, TruncatedError
 
 MAGIC: Final = b"MUSC"
@@ -115,6 +116,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     batch: Annotated[int, Meta(ge=1, le=1_000_000)]
     directions: Annotated[int, Meta(ge=0, le=1_000_000)]  # K; 0 in a frozen-client control run
     rounds: U32
+    encoding: Encoding  # of the frames
+    compression: Compression
 
 
 class Refused(_Message, frozen=True, tag="refused"):

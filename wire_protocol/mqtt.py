@@ -1,14 +1,15 @@
-"""The one MQTT file: a bounded, self-reconnecting link to a broker, on paho-mqtt 2.
+"""The link to a broker: bounded, self-reconnecting, on paho-mqtt 2 (see paho_client.py).
 
 MQTT 5 first, 3.1.1 when the broker refuses it. QoS 1 always (paho's QoS 2 loses messages over a
 broker restart), TCP_NODELAY always (without it a 100-byte exchange takes 44 ms), subscriptions
-renewed on every connect (a restarted broker has forgotten them).
+renewed on every connect (a restarted broker has forgotten them). Messages beyond the broker's
+packet limit go in parts, which neither side notices.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
+import random
 import socket
 import time
 from collections.abc import Sequence
@@ -16,20 +17,31 @@ from threading import Event, Lock
 from typing import Any, Final, NamedTuple, Protocol
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from wire_protocol.errors import QueueFullError, TransportError
+from wire_protocol.errors import HeaderError, QueueFullError, TransportError
 from wire_protocol.frames import MAX_FRAME_BYTES
+from wire_protocol.mqtt_stream import Payload
+from wire_protocol.paho_client import CountingClient
+from wire_protocol.parts import MAX_PARTS, Joiner, is_part, split
 
 DEFAULT_PORT: Final = 1883
 _KEEPALIVE_S: Final = 15
 _QOS: Final = 1
 _EVENTS_QUEUED: Final = 512
 _BYTES_QUEUED: Final = 256 << 20
-_MESSAGES_QUEUED: Final = 4096
+_PACKETS_QUEUED: Final = MAX_PARTS
 _MESSAGES_IN_FLIGHT: Final = 64
-_RECONNECT_MAX_S: Final = 8
+# Seconds before the first attempt to reconnect, and at most between two, both by chance: a fleet
+# must not come back to a restarted broker all at once.
+_RECONNECT_FIRST_S: Final = (0.3, 1.0)
+_RECONNECT_MAX_S: Final = (6.0, 10.0)
+# What goes around a payload: fixed header 5, topic length 2, packet id 2, properties 1 (MQTT 5).
+_PUBLISH_BYTES: Final = 10
+# Room for CONNECT with client id and will, for SUBSCRIBE, and for a part's header on the longest
+# topic with some data behind it.
+MIN_PACKET_BYTES: Final = 512
 _FALLBACK_S: Final = 2.0
 # Connections in a row that lasted less than this are what two clients with one id do to each other.
 _SHORT_LIFE_S: Final = 3.0
@@ -61,7 +73,7 @@ class Received(NamedTuple):
     """A message on one of the subscribed topics."""
 
     topic: str
-    payload: bytes
+    payload: Payload
 
 
 LinkEvent = Connected | Disconnected | Received
@@ -101,35 +113,6 @@ class LinkLike(Protocol):
         ...
 
 
-class _CountingClient(paho.Client):
-    """paho's client, counting its stream's bytes; the names it overrides are paho-private."""
-
-    bytes_up = 0
-    bytes_down = 0
-
-    @property
-    def unsent_messages(self) -> int:
-        """Messages that the broker has not acknowledged."""
-        return len(self._out_messages)
-
-    def drop_connection(self) -> None:
-        """Break the TCP stream, whatever is still queued."""
-        sock = self.socket()
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]  # paho types it by need
-
-    def _sock_send(self, buf: bytes | bytearray) -> int:
-        sent: int = super()._sock_send(buf)
-        self.bytes_up += sent
-        return sent
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        data: bytes = super()._sock_recv(bufsize)
-        self.bytes_down += len(data)
-        return data
-
-
 class Link:
     """A connection to the broker. Events are taken with `next_event` by a single consumer."""
 
@@ -141,21 +124,27 @@ class Link:
         subscriptions: Sequence[str],
         will: Will | None = None,
         max_payload_bytes: int = MAX_FRAME_BYTES,
+        packet_limit: int = 0,
     ) -> None:
+        """`packet_limit` (bytes, 0: none) is for brokers that do not tell theirs."""
         self.address = address
         self.protocol = ""
-        self.max_packet_bytes: int | None = None
+        self.packet_limit: int | None = packet_limit or None
+        self.chunked = False
         self._client_id = client_id
         self._subscriptions = [(topic, _QOS) for topic in subscriptions]
         self._will = will
         self._max_payload_bytes = max_payload_bytes
-        self._events: queue.Queue[LinkEvent] = queue.Queue(_EVENTS_QUEUED)
+        self._own_limit = packet_limit
+        self._joiner = Joiner(max_payload_bytes)
+        self._events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
         self._queued_bytes = 0
         self._queued_lock = Lock()
         self._answered = Event()
         self._refusal = ""
         self._connected_s = 0.0
         self._short_lives = 0
+        self._suspect = (0, 0)  # the largest message under way when the connection was last lost
         self._closing = False
         self._earlier_up = self._earlier_down = 0
         self._client = self._new_client(MQTTProtocolVersion.MQTTv5)
@@ -177,6 +166,10 @@ class Link:
 
     def open(self, timeout_s: float) -> None:
         """Connect and subscribe; retries until `timeout_s`. Raises TransportError."""
+        if 0 < self._own_limit < MIN_PACKET_BYTES:
+            raise TransportError(
+                f"packet limit of {self._own_limit} bytes: at least {MIN_PACKET_BYTES} are needed"
+            )
         deadline_s = time.monotonic() + timeout_s
         for version in (MQTTProtocolVersion.MQTTv5, MQTTProtocolVersion.MQTTv311):
             if version != self._client.protocol:
@@ -195,25 +188,35 @@ class Link:
             self._client.loop_stop()
             if answered and "protocol version" not in self._refusal.lower():
                 break
-        reason = self._refusal or "it accepts connections but does not speak MQTT"
+        reason = self._refusal or (
+            "it accepts connections but does not speak MQTT, or takes packets below "
+            f"{MIN_PACKET_BYTES} bytes only (max_packet_size)"
+        )
         raise TransportError(f"broker {self.address} refused the connection: {reason}")
 
     def publish(self, topic: str, payload: bytes) -> None:
-        """Queue a message at QoS 1; while offline it waits for the reconnect.
+        """Queue a message at QoS 1, in parts if need be; while offline it waits for the reconnect.
 
-        Raises TransportError above the broker's packet limit, QueueFullError above the queue's.
+        Raises QueueFullError when the queue has no room for all of it, TransportError when no
+        queue would have.
         """
-        limit = self.max_packet_bytes
-        if limit is not None and len(payload) + len(topic) + 16 > limit:
+        limit = self.packet_limit
+        around = len(topic.encode()) + _PUBLISH_BYTES
+        packets: list[bytes] | None = [payload]
+        if limit is not None and len(payload) + around > limit:
+            packets = split(payload, limit - around)
+            self.chunked = True
+        if packets is None:
             raise TransportError(
-                f"broker {self.address} takes packets of {limit} bytes, this message has "
-                f"{len(payload)}: raise max_packet_size there, or use a smaller batch"
+                f"broker {self.address} takes packets of {limit} bytes: a message of "
+                f"{len(payload)} has too many parts; raise max_packet_size there"
             )
-        info = self._client.publish(topic, payload, qos=_QOS)
-        if info.rc == paho.MQTT_ERR_QUEUE_SIZE:
+        if self.backlog + len(packets) > _PACKETS_QUEUED:
             raise QueueFullError(
-                f"broker {self.address} takes messages too slowly: {_MESSAGES_QUEUED} are waiting"
+                f"broker {self.address} takes messages too slowly: {self.backlog} are waiting"
             )
+        for packet in packets:
+            self._client.publish(topic, packet, qos=_QOS)
 
     def next_event(self, timeout_s: float) -> LinkEvent | None:
         """The next event, or None after `timeout_s`."""
@@ -241,20 +244,18 @@ class Link:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def _new_client(self, version: MQTTProtocolVersion) -> _CountingClient:
-        client = _CountingClient(
-            CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version
-        )
+    def _new_client(self, version: MQTTProtocolVersion) -> CountingClient:
+        client = CountingClient(
+            self._client_id, version, self._max_payload_bytes, self._on_publish
+        )  # fmt: skip
         client.max_inflight_messages_set(_MESSAGES_IN_FLIGHT)
-        client.max_queued_messages_set(_MESSAGES_QUEUED)
-        client.reconnect_delay_set(min_delay=1, max_delay=_RECONNECT_MAX_S)
+        client.max_queued_messages_set(_PACKETS_QUEUED)
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=_QOS)
         client.on_socket_open = _set_nodelay
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
-        client.on_message = self._on_message
         self._answered.clear()
         self._refusal = ""
         return client
@@ -279,22 +280,33 @@ class Link:
             self._refusal = str(code)
             self._answered.set()
             return
-        limit = getattr(properties, "MaximumPacketSize", None)
-        self.max_packet_bytes = int(limit) if limit else None
+        self._connected_s = time.monotonic()
+        _draw_reconnect_delay(self._client)
+        limits = (self._own_limit, getattr(properties, "MaximumPacketSize", None))
+        self.packet_limit = min((int(limit) for limit in limits if limit), default=None)
+        if self.packet_limit is not None and self.packet_limit < MIN_PACKET_BYTES:
+            self._refuse(
+                f"it takes packets of {self.packet_limit} bytes, at least {MIN_PACKET_BYTES} are "
+                "needed; raise max_packet_size there"
+            )
+            return
         client.subscribe(self._subscriptions)
+
+    def _refuse(self, reason: str) -> None:
+        """Not usable, for good: fails the opening, or ends an open link."""
+        self._refusal = reason
+        self._answered.set()
+        self._put(Disconnected(reason, True))
 
     def _on_subscribe(
         self, _client: paho.Client, _data: Any, _mid: int, codes: list[ReasonCode], _props: Any
     ) -> None:
         refused = [str(code) for code in codes if code.is_failure]
         if refused:
-            self._refusal = f"subscription refused ({refused[0]})"
-        self._answered.set()
-        if refused:
-            self._put(Disconnected(self._refusal, True))
+            self._refuse(f"subscription refused ({refused[0]})")
             return
+        self._answered.set()
         self._refusal = ""
-        self._connected_s = time.monotonic()
         self._put(Connected())
 
     def _on_disconnect(
@@ -306,38 +318,62 @@ class Link:
         self._short_lives = self._short_lives + 1 if short else 0
         # Brokers before MQTT 5, and some after, do not say why they cut a connection.
         taken_over = code.getName() == "Session taken over"
-        if taken_over or self._short_lives >= _SHORT_LIVES:
-            self._client.disconnect()  # ends paho's loop: no reconnect
-            reason = "another client connected with the same id"
-            self._put(
-                Disconnected(reason + ("" if taken_over else ", or the link is unstable"), True)
+        largest = self._client.largest_in_flight
+        # What was not acknowledged is sent again at once: who cuts for its size cuts again.
+        again = short and largest[0] > 0 and largest == self._suspect
+        self._suspect = largest
+        if taken_over:
+            self._end(f"another client connected with the same id, {self._client_id!r}")
+        elif again or code.getName() == "Packet too large":
+            self._end(
+                f"{self.address} takes no message of {largest[0]} bytes; raise max_packet_size "
+                "there, or give a packet limit (device: --packet-limit, server: wire.packet_limit)"
+            )
+        elif self._short_lives >= _SHORT_LIVES:
+            self._end(
+                f"another client connected with the same id, {self._client_id!r}, "
+                "or the link is unstable"
             )
         else:
             self._put(Disconnected(str(code), False))
 
-    def _on_message(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        if len(message.payload) > self._max_payload_bytes:
-            return
+    def _end(self, reason: str) -> None:
+        self._client.disconnect()  # ends paho's loop: no reconnect
+        self._put(Disconnected(reason, True))
+
+    def _on_publish(self, topic: bytes, payload: Payload) -> None:
         try:
-            topic = message.topic
+            name = topic.decode()
+            whole = self._joiner.take(name, payload) if is_part(payload) else payload
         except UnicodeDecodeError:
-            return  # no topic of ours: an error here would end paho's thread
-        self._put(Received(topic, bytes(message.payload)))
+            return  # no topic of ours
+        except HeaderError:
+            whole = payload  # as it is: the receiver refuses it, and says so
+        if whole is not None:
+            self.chunked |= whole is not payload
+            self._put(Received(name, whole))
 
     def _put(self, event: LinkEvent) -> None:
         """Blocks the network thread while the consumer is behind: TCP pushes back."""
         size = len(event.payload) if isinstance(event, Received) else 0
         while not self._closing:
-            if self._queued_bytes + size > _BYTES_QUEUED and not self._events.empty():
+            waiting = self._events.qsize()
+            if waiting >= _EVENTS_QUEUED or (
+                waiting and self._queued_bytes + size > _BYTES_QUEUED
+            ):  # fmt: skip
                 time.sleep(0.01)
-                continue
-            try:
-                self._events.put(event, timeout=0.2)
-            except queue.Full:
                 continue
             with self._queued_lock:
                 self._queued_bytes += size
+            self._events.put(event)
             return
+
+
+def _draw_reconnect_delay(client: CountingClient) -> None:
+    client.reconnect_delay_set(
+        random.uniform(*_RECONNECT_FIRST_S),  # type: ignore[arg-type]  # noqa: S311 - no secret
+        random.uniform(*_RECONNECT_MAX_S),  # type: ignore[arg-type]  # noqa: S311
+    )
 
 
 def _set_nodelay(_client: paho.Client, _data: Any, sock: Any) -> None:

@@ -5,7 +5,8 @@ musplit/1/<fleet>/dev/<id>/down         server -> one device   (control messages
 musplit/1/<fleet>/dev/<id>/up/control   device -> server       (control messages, the last will)
 musplit/1/<fleet>/dev/<id>/up/frame     device -> server       (tensor frames)
 
-The 1 is the protocol's major version. A device's identity is the topic it publishes on, so a
+The 1 is the topic tree's version; it stays when PROTOCOL_VERSION grows, so that a device of another
+version still hears why it is refused. A device's identity is the topic it publishes on, so a
 broker's access list can bind it; nothing in a payload can claim another identity.
 """
 
@@ -16,7 +17,8 @@ from typing import Final, NamedTuple
 
 from wire_protocol.errors import InputError
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
+_TREE_VERSION: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -45,7 +47,7 @@ class Topics(NamedTuple):
     @property
     def root(self) -> str:
         """Everything of this fleet lies below it."""
-        return f"musplit/{PROTOCOL_VERSION}/{self.fleet}"
+        return f"musplit/{_TREE_VERSION}/{self.fleet}"
 
     @property
     def broadcast(self) -> str:
