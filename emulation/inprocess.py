@@ -89,6 +89,7 @@ class InProcessFleet:
             manifest_sha256=self._bundle.digest, manifest_bytes=len(self._experiment.blobs[0]),
             directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
             batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
+            next_round=run.rounds_closed,
         )  # fmt: skip
         session = ClientSession(self._bundle, config.devices.batch, config.devices.threads)
         paced = PacedSession(session, speed=1.0, delay_s=0.0)

@@ -15,20 +15,31 @@ import torch
 from numpy.typing import NDArray
 
 from export.cuts import Halves
-from export.exporter import Export, export_model, fill_half, load_halves
+from export.exporter import (
+    CLIENT_FOLDER,
+    SERVER_FOLDER,
+    Export,
+    export_model,
+    fill_half,
+    load_halves,
+)
 from export.server_half import read_server_half
 from server_node.config import Config, to_toml
-from server_node.datasets import fit_transform, load_dataset
+from server_node.datasets import Dataset, fit_transform, load_dataset
 from server_node.errors import ConfigError
 from server_node.evaluation import Evaluator
+from server_node.files import replace_file
 from server_node.half import ServerHalf
-from server_node.journal import JOURNAL_FILE, Header
+from server_node.journal import Header, Resumed
 from server_node.ledger import Ledger
+from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
-from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from wire_protocol.errors import InputError
+from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, assemble
 
 CONFIG_FILE = "config.toml"
 CONTROL_FOLDER = "control"
+_BUNDLE_FILES = (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
 _VERSIONED = ("musplit", "torch", "numpy", "onnxruntime", "onnx", "paho-mqtt", "msgspec")
 
 
@@ -49,28 +60,35 @@ class Experiment(NamedTuple):
         """The client bundle's manifest as written."""
         return self.blobs[0]
 
+    @property
+    def client_weights(self) -> NDArray[np.float32]:
+        """The initial weights of the client half (d_c,), in a new array."""
+        parameters = self.exported.manifest.parameters
+        return np.frombuffer(self.blobs[2], "<f4", parameters).astype(np.float32)
 
-def prepare(config: Config, folder: Path) -> Experiment:
-    """Make the run folder: configuration as run, client and server halves. Raises InputErrors."""
-    if any((place / JOURNAL_FILE).exists() for place in (folder, folder / CONTROL_FOLDER)):
-        raise ConfigError(f"{folder}: holds a run already; give another --out, or remove it")
+
+def prepare(config: Config, folder: Path, past: Past | None = None) -> Experiment:
+    """Make the run folder: configuration as run, client and server halves. Raises InputErrors.
+
+    A run that goes on needs the halves of its `past`: they are exported again when they are
+    damaged. Raises JournalError when they, or the configuration, are not those it began with.
+    """
     if config.server.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("server.device: no CUDA device here; use --set server.device=cpu")
     torch.set_num_threads(config.server.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+    if past is None:
+        toml = to_toml(config).encode()
+        replace_file(folder / CONFIG_FILE, lambda file: file.write(toml))
     data = load_dataset(config.data.source, config.data.holdout)
-    shape = tuple(config.model.input_shape) or data.x_train[0].shape[1:]
-    exported = export_model(
-        config.model.name, config.model.cut, folder, seed=config.run.seed,
-        input_shape=shape,
-        transform=fit_transform(data.x_train[0], config.data.standardise),
-    )  # fmt: skip
+    exported = _kept_export(folder, past.header) if past is not None else None
+    if exported is None:
+        exported = _export(config, data, folder)
     halves = load_halves(exported.server)
     server_manifest, server_weights = read_server_half(exported.server)
-    blobs = [
-        (exported.client / name).read_bytes() for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
-    ]
+    blobs = [(exported.client / name).read_bytes() for name in _BUNDLE_FILES]
+    if past is not None:
+        check_identity(past, config.sha256(), exported.digest, server_manifest.weights.sha256)
     fill_half(halves.client, blobs[2])
     evaluator = Evaluator(halves.client, exported.manifest, data)
     return Experiment(
@@ -81,35 +99,74 @@ def prepare(config: Config, folder: Path) -> Experiment:
 
 def open_run(
     experiment: Experiment, *, frozen: bool, devices: list[tuple[int, str]], outbox: Outbox,
-    notify: Callable[[dict[str, Any]], None],
+    notify: Callable[[dict[str, Any]], None], history: History | None = None,
 ) -> Run:  # fmt: skip
-    """Open the journal and the files of a run; `frozen` is the control with eta_c = 0."""
-    config = experiment.config
-    folder = experiment.folder
-    if frozen:
-        method = msgspec.structs.replace(config.method, eta_c=0.0)
-        config = msgspec.structs.replace(config, method=method)
-        folder = folder / CONTROL_FOLDER
-        folder.mkdir(exist_ok=True)
-    header = Header(
-        run=secrets.randbits(63), run_seed=config.run.seed, lam=config.method.lam,
-        manifest_sha256=experiment.exported.digest,
-        server_weights_sha256=experiment.server_weights_sha256, config_sha256=config.sha256(),
-        server_device=config.server.device, server_threads=config.server.threads,
-        environment=environment(),
-    )  # fmt: skip
-    client = np.frombuffer(
-        experiment.blobs[2], "<f4", experiment.exported.manifest.parameters
-    ).astype(np.float32)
-    server = experiment.server_weights.copy()
-    half = ServerHalf(
-        experiment.halves.server.module, server, run_seed=config.run.seed, lam=config.method.lam,
-        directions=config.method.directions_server, device=torch.device(config.server.device),
-    )  # fmt: skip
+    """Open the journal and the files of a run; `frozen` is the control with eta_c = 0.
+
+    With a `history` the run goes on in its folder, with its devices.
+    """
+    config = control_config(experiment.config) if frozen else experiment.config
+    folder = experiment.folder / CONTROL_FOLDER if frozen else experiment.folder
+    folder.mkdir(exist_ok=True)
+    half = open_half(experiment)
+    if history is not None:
+        header = history.past.header
+        resumed = Resumed(
+            len(history.commits), config.server.device, config.server.threads, environment()
+        )
+        ledger = Ledger.resume(history.past, config.method.tau, resumed)
+    else:
+        header = Header(
+            run=secrets.randbits(63), run_seed=config.run.seed, lam=config.method.lam,
+            manifest_sha256=experiment.exported.digest,
+            server_weights_sha256=experiment.server_weights_sha256,
+            config_sha256=config.sha256(), server_device=config.server.device,
+            server_threads=config.server.threads, environment=environment(),
+        )  # fmt: skip
+        ledger = Ledger.begin(folder, header, devices)
     return Run(
-        config, header, experiment.exported.manifest, half, experiment.evaluator, client, server,
-        Ledger(folder, header, devices), outbox, notify,
+        config, header, experiment.exported.manifest, half, experiment.evaluator,
+        experiment.client_weights, experiment.server_weights, ledger, outbox, notify, history,
     )  # fmt: skip
+
+
+def control_config(config: Config) -> Config:
+    """The frozen-client control's configuration: the same with eta_c = 0."""
+    method = msgspec.structs.replace(config.method, eta_c=0.0)
+    return msgspec.structs.replace(config, method=method)
+
+
+def open_half(experiment: Experiment) -> ServerHalf:
+    """The server half in torch, with its initial weights."""
+    config = experiment.config
+    return ServerHalf(
+        experiment.halves.server.module, experiment.server_weights, run_seed=config.run.seed,
+        lam=config.method.lam, directions=config.method.directions_server,
+        device=torch.device(config.server.device),
+    )  # fmt: skip
+
+
+def _export(config: Config, data: Dataset, folder: Path) -> Export:
+    return export_model(
+        config.model.name, config.model.cut, folder, seed=config.run.seed,
+        input_shape=tuple(config.model.input_shape) or data.x_train[0].shape[1:],
+        transform=fit_transform(data.x_train[0], config.data.standardise),
+    )  # fmt: skip
+
+
+def _kept_export(folder: Path, header: Header) -> Export | None:
+    """The halves in a run folder when they are whole and those of the journal, otherwise None."""
+    client, server = folder / CLIENT_FOLDER, folder / SERVER_FOLDER
+    try:
+        manifest_data, graph, weights = ((client / name).read_bytes() for name in _BUNDLE_FILES)
+        bundle = assemble(manifest_data, graph, weights, str(client))
+        manifest, _ = read_server_half(server)
+    except (OSError, InputError):
+        return None
+    have = bundle.digest, manifest.weights.sha256
+    if have != (header.manifest_sha256, header.server_weights_sha256):
+        return None
+    return Export(client, server, bundle.digest, bundle.manifest, manifest.parameters)
 
 
 def environment() -> dict[str, str]:

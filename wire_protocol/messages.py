@@ -115,6 +115,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     batch: Annotated[int, Meta(ge=1, le=1_000_000)]
     directions: Annotated[int, Meta(ge=0, le=1_000_000)]  # K; 0 in a frozen-client control run
     rounds: U32
+    next_round: U32  # the rounds that the server has committed
 
 
 class Refused(_Message, frozen=True, tag="refused"):
