@@ -29,7 +29,16 @@ def _text(event: dict[str, Any]) -> None:
         case "waiting":
             say(f"waiting for {event['devices']} devices; on the first one:\n  {event['command']}")
         case "run":
-            say("control: the same with the client half frozen" if event["frozen"] else "training")
+            phase = (
+                "control: the same with the client half frozen" if event["frozen"] else "training"
+            )
+            say(
+                phase + (f", from round {event['rounds_closed']}" if event["rounds_closed"] else "")
+            )
+        case "resumed":
+            from server_node.resume import resumed_text
+
+            say(printable(resumed_text(event)))
         case "round" if event["accuracy"] is not None:
             say(
                 f"round {event['round'] + 1}: accuracy {event['accuracy']:.3f}, loss "
