@@ -15,7 +15,6 @@ from rich.table import Table
 
 from server_node.config import Config
 from server_node.errors import ConfigError
-from server_node.resume import resumed_text
 from wire_protocol.messages import printable
 
 _COMPARE: Final[dict[str, Callable[[Any, Any], bool]]] = {
@@ -146,7 +145,7 @@ def _text(event: dict[str, Any]) -> str:
         case "waiting":
             text = f"waiting for {event['devices']} devices"
         case "resumed":
-            text = resumed_text(event)
+            text = event["text"]
         case "left" if event["reason"] != "finished":
             text = f"{event['device']} left: {event['reason']}"
         case "restarted":

@@ -36,9 +36,7 @@ def _text(event: dict[str, Any]) -> None:
                 phase + (f", from round {event['rounds_closed']}" if event["rounds_closed"] else "")
             )
         case "resumed":
-            from server_node.resume import resumed_text
-
-            say(printable(resumed_text(event)))
+            say(printable(event["text"]))
         case "round" if event["accuracy"] is not None:
             say(
                 f"round {event['round'] + 1}: accuracy {event['accuracy']:.3f}, loss "

@@ -7,7 +7,7 @@ its weights have the digests that the journal holds for that round.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray

@@ -124,9 +124,12 @@ def _rebuild(experiment: Experiment, past: Past | None, notify: Notify) -> Histo
     changed = [f"{k} {began.get(k)} -> {v}" for k, v in here.items() if began.get(k) != v]
     if changed:
         history.notes.append(f"other versions than at the start: {', '.join(changed)}")
+    closed, ended = len(past.rounds), past.ended or "cut off"
+    name = "control" if frozen else "run"
+    text = f"{name}: {closed} of {config.run.rounds} rounds are closed ({ended})"
     notify(
-        {"event": "resumed", "frozen": frozen, "rounds_closed": len(past.rounds),
-         "rounds": config.run.rounds, "ended": past.ended, "notes": history.notes}
+        {"event": "resumed", "frozen": frozen, "rounds_closed": closed,
+         "text": "; ".join([text, *history.notes])}
     )  # fmt: skip
     return history
 
