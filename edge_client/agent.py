@@ -168,7 +168,7 @@ class Agent:
     def _welcomed(self, welcome: Welcome) -> None:
         if self._welcome is not None and self._welcome.run == welcome.run:
             if self._trainer is not None:
-                self._ready()
+                self._welcomed_back(welcome, self._trainer)
             return
         if welcome.directions_sha256 != directions_digest(welcome.run_seed):
             raise RefusedError(
@@ -190,6 +190,15 @@ class Agent:
             self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
             self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
             self._request(BundleFetch(welcome.manifest_sha256, welcome.manifest_bytes))
+
+    def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
+        """The server may be another start of it, which knows nothing of the open round."""
+        self._acknowledged_round = None
+        if trainer.next_round > welcome.next_round:  # it lost commits
+            self._say(f"the server is back at round {welcome.next_round}: starting over")
+            trainer.start_over()
+            self._work, self._sent = None, []
+        self._ready()
 
     def _take_chunk(self, chunk: Chunk) -> None:
         fetch = self._fetch
@@ -238,7 +247,12 @@ class Agent:
         paced = PacedSession(session, self._settings.speed, self._settings.delay_s)
         self._trainer = Trainer(welcome, paced, bundle, self._shard, time.monotonic)
         saved = self._store.load_weights()
-        if saved is not None and saved.run == welcome.run:
+        # Saved rounds that the server has lost count for nothing.
+        if (
+            saved is not None
+            and saved.run == welcome.run
+            and saved.next_round <= welcome.next_round
+        ):
             self._trainer.restore(saved.weights, saved.next_round)
         self._say(
             f"device {welcome.device}: run {welcome.run:016x}, K {welcome.directions}, batch "

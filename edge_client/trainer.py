@@ -83,9 +83,13 @@ class Trainer:
         apply_terms(self.theta, terms, self._generator)
         self.next_round = commit.round + 1
         if commit.client_sha256 and sha256(self.theta) != commit.client_sha256:
-            self.theta = self._bundle.initial_parameters()
-            self.next_round = 0
+            self.start_over()
         return self._read_clock_s() - begin_s
+
+    def start_over(self) -> None:
+        """Back to the bundle's weights and round 0."""
+        self.theta = self._bundle.initial_parameters()
+        self.next_round = 0
 
     def restore(self, weights: NDArray[np.float32], next_round: int) -> bool:
         """Take saved weights or a snapshot; False when their number is not this model's."""

@@ -1,155 +1,205 @@
-"""`musplit emulate`: broker, server and devices as processes on this machine, watched and ended."""
+"""`musplit emulate`: broker, server and devices as processes on this machine, watched and ended.
+
+What is killed is started again: the broker on its port, the server with --resume, a device with
+its state. An emulation that was stopped as a whole goes on from its folder.
+"""
 
 from __future__ import annotations
 
 import json
 import queue
-import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
 from emulation.broker import LOOPBACK, free_port, wait_for_broker
 from emulation.errors import FleetError
-from emulation.processes import Processes, last_line, musplit_command, processes
-from server_node.config import Config, to_toml
+from emulation.processes import Processes, last_line, musplit_command, processes, wait_unlocked
+from emulation.supervise import Supervised
+from server_node.config import Config, load_config, to_toml
 from server_node.datasets import load_dataset
+from server_node.errors import ConfigError
+from server_node.files import LOCK_FILE, replace_file
 from server_node.partition import shard_name, write_shards
+from server_node.prepare import CONFIG_FILE
 from wire_protocol.errors import RefusedError, TransportError
 from wire_protocol.mqtt import Address
 
+EMULATED_FILE: Final = "emulated.toml"
 _BROKER_START_S: Final = 20.0
-# A device that dies is started again, as a service manager would; this often at most.
-_RESTARTS: Final = 5
 _POLL_S: Final = 0.1
+# How long processes of an emulator that was killed may take to end: theirs is 5 s and some more.
+_ORPHANS_S: Final = 15.0
 # Exit codes after which starting a device again cannot help.
 _FINAL_CODES: Final = (2, 3, RefusedError.exit_code)
+# Of `musplit broker`: it was asked to end, or the broker under it was.
+_BROKER_STOPPED: Final = (0, TransportError.exit_code)
 
 Notify = Callable[[dict[str, Any]], None]
 
 
-@dataclass
-class _Device:
-    """One device process and how often it was started again."""
-
-    name: str
-    command: list[str]
-    log: Path
-    process: subprocess.Popen[bytes]
-    restarts: int = 0
-
-
-def emulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
+def emulate(
+    config: Config, folder: Path, notify: Notify, *, resume: bool = False
+) -> dict[str, Any]:
     """Run the whole experiment; returns the summary. Everything started is stopped again.
 
     Raises FleetError when a process ends with an error, with that error's text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    logs = folder / "logs"
+    if resume:
+        locks = [folder / LOCK_FILE, *sorted((folder / "devices").glob(f"*/{LOCK_FILE}"))]
+        wait_unlocked(locks, _ORPHANS_S)
     with processes() as group:
-        address, broker = _start_broker(group, logs, config.emulation.max_packet_bytes)
-        server = _start_server(group, config, folder, address)
-        # The server exports its model meanwhile.
+        return _Emulation(group, config, folder, notify, resume=resume).run()
+
+
+def emulated_config(folder: Path) -> Config:
+    """The configuration of the emulation in a run folder. Raises ConfigError."""
+    for path in (folder / CONFIG_FILE, folder / EMULATED_FILE):
+        if path.is_file():
+            return load_config(path, [])
+    raise ConfigError(f"{folder}: holds no run ({CONFIG_FILE} is missing); nothing to resume")
+
+
+class _Emulation:
+    """The processes of one emulation, and what keeps them running."""
+
+    def __init__(
+        self, group: Processes, config: Config, folder: Path, notify: Notify, *, resume: bool
+    ) -> None:
+        self._group, self._config, self._folder = group, config, folder
+        self._notify, self._resume = notify, resume
+        self._logs = folder / "logs"
+        self._devices: list[Supervised] = []
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._summary: dict[str, Any] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Start everything, watch it until the server has ended."""
+        config, folder = self._config, self._folder
+        self._address = Address(LOOPBACK, free_port())
+        self._broker = self._start_broker()
+        toml = to_toml(config).encode()
+        replace_file(folder / EMULATED_FILE, lambda file: file.write(toml))
+        self._server = Supervised(
+            self._group, "server", self._logs / "server.log", self._server_command,
+            pipe_output=True,
+        )  # fmt: skip
+        self._read_server()
+        # The server exports its model meanwhile. The same configuration gives the same shards.
         data = load_dataset(config.data)
         count, alpha, seed = config.devices.count, config.data.alpha, config.run.seed
         write_shards(data, count, alpha, seed, folder / "shards")
-        devices = [_start_device(group, config, folder, address, index) for index in range(count)]
-        return _watch(group, broker, server, devices, logs, notify)
+        if not self._resume:  # one that resumes may need no devices any more, and says if it does
+            self._start_devices()
+        while self._take_line():
+            self._supervise()
+        if self._summary is None:
+            raise FleetError(
+                f"the server ended: {_reason(self._server.log)}", self._server.code or 1
+            )
+        self._let_devices_end()
+        return self._summary
 
+    # -- starting ----------------------------------------------------------------------------
 
-def _start_broker(
-    group: Processes, logs: Path, max_packet_bytes: int
-) -> tuple[Address, subprocess.Popen[bytes]]:
-    address = Address(LOOPBACK, free_port())
-    log = logs / "broker.log"
-    command = musplit_command(
-        "broker", "--listen", str(address), "--max-packet", str(max_packet_bytes)
-    )
-    process = group.start(command, log)
-    if not wait_for_broker(address, _BROKER_START_S, lambda: process.poll() is None):
-        raise FleetError(f"the embedded broker did not start: {last_line(log)}")
-    return address, process
+    def _start_broker(self) -> Supervised:
+        limit = str(self._config.emulation.max_packet_bytes)
+        command = musplit_command("broker", "--listen", str(self._address), "--max-packet", limit)
+        broker = Supervised(
+            self._group, "broker", self._logs / "broker.log", lambda: command,
+            outside=_BROKER_STOPPED,
+        )  # fmt: skip
+        if not wait_for_broker(self._address, _BROKER_START_S, lambda: broker.code is None):
+            raise FleetError(f"the embedded broker did not start: {last_line(broker.log)}")
+        return broker
 
+    def _server_command(self) -> list[str]:
+        """The first start makes the run folder; once its configuration is there, it is resumed."""
+        begun = self._resume and (self._folder / CONFIG_FILE).is_file()
+        self._resume = True
+        folder = str(self._folder)
+        what = ("--resume", folder) if begun else (f"{folder}/{EMULATED_FILE}", "--out", folder)
+        return musplit_command("serve", *what, "--broker", str(self._address), "--format", "json")
 
-def _start_server(
-    group: Processes, config: Config, folder: Path, address: Address
-) -> subprocess.Popen[bytes]:
-    path = folder / "emulated.toml"
-    path.write_text(to_toml(config), encoding="utf-8")
-    command = musplit_command(
-        "serve", str(path), "--broker", str(address), "--out", str(folder), "--format", "json"
-    )
-    return group.start(command, folder / "logs" / "server.log", pipe_output=True)
+    def _read_server(self) -> None:
+        stream = self._server.process.stdout
+        assert stream is not None
+        self._lines = queue.Queue()
+        threading.Thread(target=_read_lines, args=(stream, self._lines), daemon=True).start()
 
+    def _start_devices(self) -> None:
+        """All devices, or those that an earlier start of the server has sent home."""
+        if not self._devices:
+            self._devices = [self._device(index) for index in range(self._config.devices.count)]
+        for device in self._devices:
+            if device.code == 0:
+                device.restart()
 
-def _start_device(
-    group: Processes, config: Config, folder: Path, address: Address, index: int
-) -> _Device:
-    name = f"device-{index:03d}"
-    emulation = config.emulation
-    speed = emulation.speed[index] if index < len(emulation.speed) else 1.0
-    delay_s = emulation.delay_s[index] if index < len(emulation.delay_s) else 0.0
-    command = musplit_command(
-        "device", "--id", name, "--broker", str(address), "--fleet", config.run.fleet,
-        "--data", str(folder / "shards" / shard_name(index)),
-        "--state", str(folder / "devices" / name), "--threads", str(config.devices.threads),
-        "--speed", str(speed), "--delay-s", str(delay_s),
-        "--packet-limit", str(config.wire.packet_limit),
-    )  # fmt: skip
-    log = folder / "logs" / f"{name}.log"
-    return _Device(name, command, log, group.start(command, log))
+    def _device(self, index: int) -> Supervised:
+        name = f"device-{index:03d}"
+        emulation, folder = self._config.emulation, self._folder
+        speed = emulation.speed[index] if index < len(emulation.speed) else 1.0
+        delay_s = emulation.delay_s[index] if index < len(emulation.delay_s) else 0.0
+        command = musplit_command(
+            "device", "--id", name, "--broker", str(self._address),
+            "--fleet", self._config.run.fleet, "--data", str(folder / "shards" / shard_name(index)),
+            "--state", str(folder / "devices" / name),
+            "--threads", str(self._config.devices.threads),
+            "--speed", str(speed), "--delay-s", str(delay_s),
+            "--packet-limit", str(self._config.wire.packet_limit),
+        )  # fmt: skip
+        return Supervised(self._group, name, self._logs / f"{name}.log", lambda: command)
 
+    # -- watching ----------------------------------------------------------------------------
 
-def _watch(
-    group: Processes, broker: subprocess.Popen[bytes], server: subprocess.Popen[bytes],
-    devices: list[_Device], logs: Path, notify: Notify,
-) -> dict[str, Any]:  # fmt: skip
-    """Pass on the server's progress until it ends; keep the devices running meanwhile."""
-    assert server.stdout is not None
-    lines: queue.Queue[bytes | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(server.stdout, lines), daemon=True).start()
-    summary: dict[str, Any] | None = None
-    while True:
+    def _take_line(self) -> bool:
+        """Pass on an event of the server's; False when it has ended for good."""
         try:
-            line = lines.get(timeout=_POLL_S)
+            line = self._lines.get(timeout=_POLL_S)
         except queue.Empty:
-            line = b""
+            return True
         if line is None:
-            break
-        if line.strip():
+            return self._server_ended()
+        if line.endswith(b"\n"):  # otherwise its writer was killed
             event = json.loads(line)
-            summary = event if event["event"] == "summary" else summary
-            notify(event)
-        if broker.poll() is not None:
-            raise TransportError(f"the embedded broker ended: {last_line(logs / 'broker.log')}")
-        for device in devices:
-            _supervise(group, device, notify)
-    code = server.wait()
-    if summary is None:
-        raise FleetError(f"the server ended: {_reason(logs / 'server.log')}", code)
-    _let_devices_end(devices)
-    del summary["event"]
-    return summary
+            if event["event"] == "summary":
+                self._summary = {key: value for key, value in event.items() if key != "event"}
+            elif event["event"] == "waiting":
+                self._start_devices()
+            self._notify(event)
+        return True
 
+    def _server_ended(self) -> bool:
+        code = self._server.process.wait()
+        if self._summary is not None or not (code < 0 or code == TransportError.exit_code):
+            return False
+        if not self._restart(self._server, code):
+            return False
+        self._read_server()
+        return True
 
-def _supervise(group: Processes, device: _Device, notify: Notify) -> None:
-    code = device.process.poll()
-    if not code:  # running, or at its regular end
-        return
-    if code in _FINAL_CODES or device.restarts >= _RESTARTS:
-        raise FleetError(f"{device.name} ended: {_reason(device.log)}", code)
-    device.restarts += 1
-    notify({"event": "restarted", "device": device.name, "code": code})
-    device.process = group.start(device.command, device.log)
+    def _supervise(self) -> None:
+        code = self._broker.code
+        if code is not None and not self._restart(self._broker, code):
+            raise TransportError(f"the embedded broker ended: {last_line(self._broker.log)}")
+        for device in self._devices:
+            code = device.code
+            if code and (code in _FINAL_CODES or not self._restart(device, code)):
+                raise FleetError(f"{device.name} ended: {_reason(device.log)}", code)
 
+    def _restart(self, process: Supervised, code: int) -> bool:
+        again = process.restart()
+        if again:
+            self._notify({"event": "restarted", "process": process.name, "code": code})
+        return again
 
-def _let_devices_end(devices: list[_Device]) -> None:
-    deadline_s = time.monotonic() + 5.0
-    while time.monotonic() < deadline_s and any(d.process.poll() is None for d in devices):
-        time.sleep(0.02)
+    def _let_devices_end(self) -> None:
+        deadline_s = time.monotonic() + 5.0
+        while time.monotonic() < deadline_s and any(d.code is None for d in self._devices):
+            time.sleep(0.02)
 
 
 def _reason(log: Path) -> str:

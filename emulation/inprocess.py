@@ -18,6 +18,7 @@ from server_node.config import Config
 from server_node.datasets import load_dataset
 from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
+from server_node.resume import History
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
 from wire_protocol.frames import decode_frame
@@ -37,14 +38,16 @@ class InProcessFleet:
         self._trainers: list[Trainer] = []
         self._opened: deque[Round] = deque()
 
-    def run(self, *, frozen: bool = False) -> Run:
-        """Run the experiment to its end; files as in any run folder."""
+    def run(self, *, frozen: bool = False, history: History | None = None) -> Run:
+        """Run the experiment, or on from its `history`, to its end; files as in any run folder."""
         names = [(index, f"device-{index:03d}") for index in range(len(self._shards))]
         run = open_run(
             self._experiment, frozen=frozen, devices=names, outbox=self,
-            notify=lambda _: None,
+            notify=lambda _: None, history=history,
         )  # fmt: skip
         self._trainers = [self._trainer(run, index) for index in range(len(self._shards))]
+        for commit in history.commits if history is not None else ():
+            self.broadcast(commit)
         run.start([index for index, _ in names])
         while run.finished is None:
             self._deliver(run, self._opened.popleft())
@@ -90,6 +93,7 @@ class InProcessFleet:
             directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
             batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
             encoding=config.wire.encoding, compression=config.wire.compression,
+            next_round=run.rounds_closed,
         )  # fmt: skip
         session = ClientSession(self._bundle, config.devices.batch, config.devices.threads)
         paced = PacedSession(session, speed=1.0, delay_s=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
@@ -62,6 +63,23 @@ def processes() -> Iterator[Processes]:
         yield group
     finally:
         group.stop_all()
+
+
+def wait_unlocked(locks: Sequence[Path], timeout_s: float) -> None:
+    """Return once nobody holds these lock files, or after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    for path in locks:
+        while path.exists() and not _is_free(path) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+
+
+def _is_free(path: Path) -> bool:
+    with path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def last_line(log: Path) -> str:

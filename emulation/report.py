@@ -103,33 +103,27 @@ class ProgressView:
                     self._say(f"data: {note}")
                 for note in event["notes"]:
                     self._say(f"note: {note}")
-                self._say(
-                    f"exported: {event['parameters_client']} parameters on the device, "
-                    f"{event['parameters_server']} on the server"
-                )
-            case "packet-limit":
-                self._say(f"packets of at most {event['bytes']} bytes: larger ones go in parts")
-            case "waiting":
-                self._say(f"waiting for {event['devices']} devices")
-            case "left" if event["reason"] != "finished":
-                self._say(f"{event['device']} left: {event['reason']}")
-            case "restarted":
-                self._say(f"{event['device']} ended (code {event['code']}), started again")
-            case "refused-message" | "refused-device":
-                self._say(f"refused from {event['device']}: {event['why']}")
-            case "broker-lost":
-                self._say(f"broker lost: {event['reason']}")
+                self._say(_text(event))
+            case "run":
+                self._phase_begins("control" if event["frozen"] else "training")
             case _:
-                pass
+                text = _text(event)
+                if text:
+                    self._say(text)
+
+    def _phase_begins(self, phase: str) -> None:
+        """A run began, or the server that resumed one."""
+        if self._task is not None and phase == self._phase:
+            return
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        self._phase = phase
+        self._accuracy = self._loss = float("nan")
+        self._task = self._progress.add_task(phase, total=self._config.run.rounds, info="")
 
     def _round(self, event: dict[str, Any]) -> None:
-        if self._task is None or (event["round"] == 0 and self._accuracy == self._accuracy):
-            self._phase = "training" if self._task is None else "control"
-            if self._task is not None:
-                self._progress.stop_task(self._task)
-            self._task = self._progress.add_task(
-                self._phase, total=self._config.run.rounds, info=""
-            )
+        if self._task is None:
+            return
         if event["accuracy"] is not None:
             self._accuracy, self._loss = event["accuracy"], event["loss"]
         info = (
@@ -143,6 +137,34 @@ class ProgressView:
     def _say(self, text: str) -> None:
         # Texts of devices are shown, never interpreted.
         self._progress.console.print(printable(text), soft_wrap=True, markup=False)
+
+
+def _text(event: dict[str, Any]) -> str:
+    """What to say of an event that is no progress; empty for one that says nothing."""
+    text = ""
+    match event["event"]:
+        case "prepared":
+            text = (
+                f"exported: {event['parameters_client']} parameters on the device, "
+                f"{event['parameters_server']} on the server"
+            )
+        case "packet-limit":
+            text = f"packets of at most {event['bytes']} bytes: larger ones go in parts"
+        case "waiting":
+            text = f"waiting for {event['devices']} devices"
+        case "resumed":
+            text = event["text"]
+        case "left" if event["reason"] != "finished":
+            text = f"{event['device']} left: {event['reason']}"
+        case "restarted":
+            text = f"{event['process']} ended (code {event['code']}), started again"
+        case "refused-message" | "refused-device":
+            text = f"refused from {event['device']}: {event['why']}"
+        case "broker-lost":
+            text = f"broker lost: {event['reason']}"
+        case _:
+            pass
+    return text
 
 
 def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:

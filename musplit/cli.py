@@ -14,10 +14,12 @@ from musplit.support import (
     SECONDS,
     FiniteRange,
     broker_options,
+    check_alone,
     fail,
     format_option,
     guarded,
     parse_address,
+    resume_option,
     say,
     set_option,
 )
@@ -204,35 +206,42 @@ def device(
 
 
 @main.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=click.Path(path_type=Path), required=False)
 @broker_options
 @click.option("--out", type=click.Path(path_type=Path),
               help="Run folder.  [default: runs/NAME-TIME]")  # fmt: skip
 @set_option
+@resume_option
 @format_option
 def serve(
-    config: Path, broker: str, connect_s: float, out: Path | None, overrides: tuple[str, ...],
-    output: str,
+    config: Path | None, broker: str, connect_s: float, out: Path | None,
+    overrides: tuple[str, ...], resume: Path | None, output: str,
 ) -> None:  # fmt: skip
     """Run an experiment as its server: export, wait for the devices, train, run the control.
 
     CONFIG is a TOML file; docs/configuration.md explains every field. Prints the command to paste
-    on a device. Ctrl-C ends the run and keeps what was journaled.
+    on a device. Ctrl-C ends the run and keeps what was journaled; --resume goes on with it.
 
     \b
     musplit serve experiments/digits.toml --broker 127.0.0.1 --set devices.count=2
+    musplit serve --resume runs/digits-20260101-120000 --broker 127.0.0.1
     """
     with guarded():
         from musplit.progress import server_notifier
         from server_node.config import load_config
+        from server_node.serve import resume as resume_server
         from server_node.serve import serve as run_server
 
-        checked = load_config(config, list(overrides))
-        folder = out or _run_folder(config)
-        run_server(
-            checked, parse_address(broker), folder, connect_s=connect_s,
-            notify=server_notifier(output),
-        )  # fmt: skip
+        address, notify = parse_address(broker), server_notifier(output)
+        if resume is not None:
+            check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
+            resume_server(resume, address, connect_s=connect_s, notify=notify)
+        elif config is None:
+            fail("give CONFIG, or --resume RUN", 2)
+        else:
+            checked = load_config(config, list(overrides))
+            folder = out or _run_folder(config)
+            run_server(checked, address, folder, connect_s=connect_s, notify=notify)
 
 
 @main.command()
@@ -277,21 +286,24 @@ def broker(listen: str, insecure: bool, max_packet: int) -> None:
               help="Fail unless the summary has it; repeatable: accuracy>=0.9")  # fmt: skip
 @click.option("--junit", type=click.Path(path_type=Path),
               help="Write the requirements as a JUnit report.")  # fmt: skip
+@resume_option
 @format_option
 def emulate(
     config: Path | None, data: str | None, overrides: tuple[str, ...], rounds: int | None,
     clients: int | None, seed: int | None, quick: bool, out: Path | None,
-    required: tuple[str, ...], junit: Path | None, output: str,
+    required: tuple[str, ...], junit: Path | None, resume: Path | None, output: str,
 ) -> None:  # fmt: skip
     """Run broker, server and devices as processes on this machine, and stop them all.
 
-    CONFIG defaults to the digits experiment. Exit code 1 when a --require does not hold.
+    CONFIG defaults to the digits experiment. Exit code 1 when a --require does not hold. What is
+    killed is started again; --resume goes on with an emulation that was stopped as a whole.
 
     \b
     musplit emulate
     musplit emulate --quick --format json
     musplit emulate --data fashion/ --set model.name=mlp:784-32-32-10 --rounds 100
     musplit emulate --require 'accuracy>=0.9' --junit report.xml
+    musplit emulate --resume runs/digits-20260101-120000
     """
     with guarded():
         from musplit.emulation import run_emulation
@@ -301,9 +313,14 @@ def emulate(
                      "run.seed": seed}  # fmt: skip
         given = [f"{key}={value}" for key, value in shorthand.items() if value is not None]
         quick_fields = ["run.rounds=30", "evaluation.every=5"] if quick else []
+        fields = [*quick_fields, *given, *overrides]
+        if resume is not None:
+            check_alone(
+                resume, {"CONFIG": config, "--out": out, "--set and its shorthands": fields}
+            )
         code = run_emulation(
-            path, [*quick_fields, *given, *overrides], out or _run_folder(path), list(required),
-            junit, output,
+            path, fields, resume or out or _run_folder(path), list(required), junit, output,
+            resume=resume is not None,
         )  # fmt: skip
     sys.exit(code)
 

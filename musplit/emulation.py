@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from emulation.emulate import emulate
+from emulation.emulate import emulate, emulated_config
 from emulation.report import ProgressView, parse_requirement, print_table, write_junit
 from musplit.support import say
 from server_node.config import load_config
@@ -14,13 +14,16 @@ from server_node.config import load_config
 
 def run_emulation(
     config_path: Path, overrides: list[str], folder: Path, required: list[str],
-    junit: Path | None, output: str,
+    junit: Path | None, output: str, *, resume: bool,
 ) -> int:  # fmt: skip
-    """Emulate, show, judge; returns the exit code: 1 when a requirement does not hold."""
+    """Emulate, show, judge; returns the exit code: 1 when a requirement does not hold.
+
+    `resume`: the configuration is that of the run in `folder`.
+    """
     requirements = [parse_requirement(text) for text in required]
-    config = load_config(config_path, overrides)
+    config = emulated_config(folder) if resume else load_config(config_path, overrides)
     with ProgressView(config, sys.stderr) as view:
-        summary = emulate(config, folder, view.notify)
+        summary = emulate(config, folder, view.notify, resume=resume)
     judged = [(requirement, requirement.judge(summary)) for requirement in requirements]
     if output == "json":
         print(json.dumps({**summary, "folder": str(folder)}))

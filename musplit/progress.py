@@ -22,20 +22,15 @@ def _json(event: dict[str, Any]) -> None:
 def _text(event: dict[str, Any]) -> None:
     match event["event"]:
         case "prepared":
-            for note in event["data_notes"]:
-                say(printable(f"data: {note}"))
-            say(
-                f"run folder {event['folder']}: {event['parameters_client']} parameters on the "
-                f"device, {event['parameters_server']} on the server"
-            )
-            for note in event["notes"]:
-                say(f"note: {note}")
+            _prepared(event)
         case "waiting":
             say(f"waiting for {event['devices']} devices; on the first one:\n  {event['command']}")
         case "packet-limit":
             say(f"packets of at most {event['bytes']} bytes: larger messages go in parts")
         case "run":
-            say("control: the same with the client half frozen" if event["frozen"] else "training")
+            _begun(event)
+        case "resumed":
+            say(printable(event["text"]))
         case "round" if event["accuracy"] is not None:
             say(
                 f"round {event['round'] + 1}: accuracy {event['accuracy']:.3f}, loss "
@@ -49,3 +44,19 @@ def _text(event: dict[str, Any]) -> None:
             say(printable(line))
         case _:
             pass
+
+
+def _prepared(event: dict[str, Any]) -> None:
+    for note in event["data_notes"]:
+        say(printable(f"data: {note}"))
+    say(
+        f"run folder {event['folder']}: {event['parameters_client']} parameters on the device, "
+        f"{event['parameters_server']} on the server"
+    )
+    for note in event["notes"]:
+        say(f"note: {note}")
+
+
+def _begun(event: dict[str, Any]) -> None:
+    phase = "control: the same with the client half frozen" if event["frozen"] else "training"
+    say(phase + (f", from round {event['rounds_closed']}" if event["rounds_closed"] else ""))

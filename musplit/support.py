@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -108,6 +109,21 @@ def set_option(command: Command) -> Command:
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE",
         help="Override a field of the configuration; repeatable. E.g. --set method.tau=4",
     )(command)  # fmt: skip
+
+
+def resume_option(command: Command) -> Command:
+    """--resume."""
+    return click.option(
+        "--resume", type=click.Path(path_type=Path), metavar="RUN",
+        help="Go on with the run in this folder, whatever stopped it.",
+    )(command)  # fmt: skip
+
+
+def check_alone(resume: Path, given: dict[str, object]) -> None:
+    """End with one line when --resume stands beside what the run folder decides."""
+    named = ", ".join(name for name, value in given.items() if value)
+    if named:
+        fail(f"--resume {resume}: the run goes on as it began; leave out {named}", 2)
 
 
 def format_option(command: Command) -> Command:

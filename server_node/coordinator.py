@@ -65,9 +65,9 @@ class Coordinator:
 
     # -- events ------------------------------------------------------------------------------
 
-    def start(self, now_s: float) -> list[Action]:
-        """Open round 0."""
-        return self._open(0, now_s)
+    def start(self, now_s: float, number: int = 0) -> list[Action]:
+        """Open the first round, or the next one of a run that goes on."""
+        return self._open(number, now_s)
 
     def joined(self, device: int, now_s: float) -> list[Action]:
         """A device is (back) in touch; returns what it must be told of the open round."""

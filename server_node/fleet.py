@@ -6,6 +6,7 @@ by (shard index, id), so that the order of arrival does not matter; later arriva
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,19 +22,25 @@ class Member:
     """One device."""
 
     device_id: str
-    join: Join
+    join: Join | None  # None: known from the journal, not heard of yet
     index: int | None = None
     ready: bool = False
 
+    @property
+    def epoch(self) -> int:
+        """Its session; -1 before it has joined."""
+        return self.join.epoch if self.join is not None else -1
+
 
 class Fleet:
-    """All devices that ever joined this server."""
+    """All devices that ever joined this server; a resumed one knows some by index and id."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, known: Sequence[tuple[int, str]] = ()) -> None:
         self._count = count
-        self._members: dict[str, Member] = {}
-        self._numbered: list[Member] = []  # by index
-        self._open_lobby = True
+        # By index.
+        self._numbered = [Member(device_id, None, index) for index, device_id in known]
+        self._members = {member.device_id: member for member in self._numbered}
+        self._open_lobby = not known
 
     def join(self, device_id: str, join: Join) -> list[Member]:
         """Take note of a join; returns the members that have just received an index.
@@ -51,7 +58,7 @@ class Fleet:
         if self._open_lobby and len(waiting) < self._count:
             return []
         self._open_lobby = False
-        waiting.sort(key=lambda m: (_shard_order(m.join), m.device_id))
+        waiting.sort(key=_order)
         for newcomer in waiting:
             newcomer.index = len(self._numbered)
             self._numbered.append(newcomer)
@@ -60,7 +67,7 @@ class Fleet:
     def leave(self, device_id: str, epoch: int) -> Member | None:
         """The member that this leave ends, or None when it is of an older session."""
         member = self._members.get(device_id)
-        if member is None or member.join.epoch != epoch:
+        if member is None or member.epoch != epoch:
             return None
         member.ready = False
         if member.index is None:
@@ -86,5 +93,6 @@ class Fleet:
         return sorted(m.device_id for m in self._members.values() if m.index is None)
 
 
-def _shard_order(join: Join) -> int:
-    return join.shard_index if join.shard_index >= 0 else _NO_SHARD
+def _order(member: Member) -> tuple[int, str]:
+    shard = member.join.shard_index if member.join is not None else -1
+    return (shard if shard >= 0 else _NO_SHARD), member.device_id

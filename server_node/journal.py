@@ -3,21 +3,26 @@
 File: magic "MUSJ", version 1, three zero bytes; then records. Record: length (u32), CRC-32 (u32)
 of the body, body (one msgpack map or array with a type tag). A record cut short at the end of the
 file is what a crash leaves, and is dropped; a checksum that does not match is damage, and is told.
+A reader that only looks keeps going behind damage; one that will append refuses it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from server_node.errors import JournalError
+from server_node.files import sync_folder
 from wire_protocol.messages import U32
 
 JOURNAL_FILE: Final = "journal.bin"
@@ -78,43 +83,81 @@ class Digests(Struct, frozen=True, tag="digests", array_like=True):
 
 
 class Ended(Struct, frozen=True, tag="end", array_like=True):
-    """Last record of a run that was ended rather than cut."""
+    """The server ended the run rather than being cut off; last, unless it was resumed."""
 
     reason: str
 
 
-Record = DeviceJoined | RoundClosed | Digests | Ended
+class Resumed(Struct, frozen=True, tag="resumed", array_like=True):
+    """Another start of the server continues the run; what produces the scalars from here on."""
+
+    next_round: int
+    server_device: str
+    server_threads: int
+    server_replicas: int
+    environment: dict[str, str]
+
+
+Record = DeviceJoined | RoundClosed | Digests | Ended | Resumed
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _HEADER_DECODER: Final = msgspec.msgpack.Decoder(Header)
 _RECORD_DECODER: Final = msgspec.msgpack.Decoder(Record)
+# How the bodies of later records begin: an array of few elements, the first one the tag.
+_TAGS: Final = (record.__struct_config__.tag for record in Record.__args__)
+_BODY_START: Final = re.compile(
+    b"[\x90-\x9f](?:%s)" % b"|".join(msgspec.msgpack.encode(tag) for tag in _TAGS)
+)
 
 
 class JournalWriter:
-    """Appends records; each is flushed to the operating system before the call returns."""
+    """Appends records; they are on the disk when a call returns.
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self._file: IO[bytes] = path.open("xb")
-        self._file.write(_MAGIC)
-        self._append(header)
+    When that fails (a full disk), what was written of them is taken back, and JournalError raised.
+    """
+
+    def __init__(
+        self, path: Path, header: Header | None, *records: Record, size_bytes: int = 0
+    ) -> None:
+        """Begin a journal; there must be none. It then holds all of `records`, or is torn.
+
+        Without a header: continue one behind its first `size_bytes`; what follows is cut off.
+        """
+        self._path, self._size_bytes = path, size_bytes
+        self._file = io.FileIO(path, "r+b" if header is None else "xb")
+        self._file.truncate(size_bytes)
+        self._file.seek(size_bytes)
+        if header is not None:
+            self._write(_MAGIC + b"".join(map(_packed, (header, *records))))
+            sync_folder(path.parent)
 
     def append(self, record: Record) -> None:
         """Append one record."""
-        self._append(record)
-
-    def sync(self) -> None:
-        """Force what was appended onto the disk."""
-        os.fsync(self._file.fileno())
+        self._write(_packed(record))
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
+        """Close the file."""
         self._file.close()
 
-    def _append(self, record: Header | Record) -> None:
-        body = _ENCODER.encode(record)
-        self._file.write(_RECORD.pack(len(body), zlib.crc32(body)) + body)
-        self._file.flush()
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size_bytes)
+                self._file.seek(self._size_bytes)
+            raise JournalError(
+                f"{self._path}: cannot be written ({error.strerror}); free space, then resume"
+            ) from error
+        self._size_bytes += len(data)
+
+
+def _packed(record: Header | Record) -> bytes:
+    body = _ENCODER.encode(record)
+    return _RECORD.pack(len(body), zlib.crc32(body)) + body
 
 
 class Journal(NamedTuple):
@@ -131,10 +174,35 @@ def read_journal(path: Path) -> Journal:
     A record whose checksum fails is kept when it still decodes, and reported in `damage`: replay
     shows what it leads to.
     """
+    return _parse(path, _read(path))
+
+
+def read_to_continue(path: Path) -> tuple[Journal, int] | None:
+    """A journal that will be continued, and the size in bytes of its whole records.
+
+    A torn end, which is what a crash or a power cut leaves, is dropped and told in `damage`. None
+    when even the first record is torn. Raises JournalError for any other damage: dropping what
+    lies behind it would lose rounds without need.
+    """
+    data = _read(path)
+    size_bytes = _whole_bytes(path, data)
+    if size_bytes <= len(_MAGIC):
+        return None
+    journal = _parse(path, data[:size_bytes])
+    if size_bytes < len(data):
+        torn = f"{path}: its last {len(data) - size_bytes} bytes are a torn record; dropped"
+        journal.damage.append(torn)
+    return journal, size_bytes
+
+
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise JournalError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(path: Path, data: bytes) -> Journal:
     if data[: len(_MAGIC)] != _MAGIC:
         raise JournalError(f"{path}: not a journal of this version")
     damage: list[str] = []
@@ -155,6 +223,31 @@ def read_journal(path: Path) -> Journal:
             raise JournalError(f"{path}: record {number} is damaged (scalars are cut short)")
         records.append(record)
     return Journal(header, records, damage)
+
+
+def _whole_bytes(path: Path, data: bytes) -> int:
+    """Where the torn end begins. Raises JournalError when whole records follow the damage."""
+    if not data.rstrip(b"\0") or (len(data) < len(_MAGIC) and _MAGIC.startswith(data)):
+        return 0
+    position, number = len(_MAGIC), 1
+    while len(data) - position >= _RECORD.size:
+        length, crc = _RECORD.unpack_from(data, position)
+        begin = position + _RECORD.size
+        body = data[begin : begin + length]
+        if not length or len(body) < length or zlib.crc32(body) != crc:
+            break
+        position += _RECORD.size + length
+        number += 1
+    for found in _BODY_START.finditer(data, position + _RECORD.size):
+        begin = found.start()
+        length, crc = _RECORD.unpack_from(data, begin - _RECORD.size)
+        if zlib.crc32(data[begin : begin + length]) == crc:
+            raise JournalError(
+                f"{path}: record {number} at byte {position} is damaged, and whole records follow: "
+                f"no crash leaves that. Restore the file from a copy, or give up what follows: "
+                f"truncate -s {position} {path}"
+            )
+    return position
 
 
 def _is_even(share: Share) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server_node.actions import CloseRound, Step, Work
+from server_node.actions import CloseRound, Outcome, Step, Work
 from server_node.checkpoint import save_checkpoint
 from server_node.half import Scores
 from server_node.journal import (
@@ -20,9 +20,19 @@ from server_node.journal import (
     Ended,
     Header,
     JournalWriter,
+    Resumed,
     RoundClosed,
 )
-from server_node.recorder import Recorder, RoundMetrics, Traffic
+from server_node.recorder import (
+    NOTHING_RECORDED,
+    DeviceReport,
+    PastMetrics,
+    Recorder,
+    RoundMetrics,
+    read_metrics,
+    unmeasured,
+)
+from server_node.resume import Past
 from server_node.trace import ROUNDS, SERVER_PID, Trace
 from wire_protocol.frames import Frame
 from wire_protocol.manifest import sha256
@@ -36,20 +46,40 @@ Vector = NDArray[np.float32]
 class Ledger:
     """The open files of a run folder. Times are `time.monotonic`; the trace gets Unix time."""
 
-    def __init__(self, folder: Path, header: Header, devices: list[tuple[int, str]]) -> None:
+    def __init__(
+        self, folder: Path, journal: JournalWriter, past: PastMetrics, *, resume: bool
+    ) -> None:
         self.folder = folder
-        self.traffic = Traffic()
-        self.server_steps = 0
-        self.busy_s = self.busy_waiting_s = 0.0
-        self._journal = JournalWriter(folder / JOURNAL_FILE, header)
-        self._recorder = Recorder(folder)
-        self._trace = Trace(folder / TRACE_FILE)
+        self.traffic = past.traffic()
+        self.server_steps: int = past.total("server_steps")
+        self.busy_s: float = past.total("server_busy_s")
+        self.busy_waiting_s: float = past.total("server_busy_while_waiting_s")
+        self.past_s: float = past.total("seconds")
+        self._journal = journal
+        self._recorder = Recorder(folder, past)
+        self._recorded = len(past.rounds)
+        self._trace = Trace(folder / TRACE_FILE, resume=resume)
         self._unix_offset_s = time.time() - time.monotonic()
-        self._reported: dict[int, tuple[int, int]] = {}  # epoch and round of the last report
+        # Epoch and round of each device's last report.
+        self._reported = {r.device: (r.report.epoch, r.report.round) for r in past.reports}
         self._frames = {"late": 0, "duplicate": 0, "refused": 0}
-        self._mark = (0, 0.0, 0.0)  # steps and busy times at the last round's end
-        for index, device_id in devices:
-            self.joined(index, device_id)
+        # Steps and busy times at the last round's end.
+        self._mark = (self.server_steps, self.busy_s, self.busy_waiting_s)
+
+    @classmethod
+    def begin(cls, folder: Path, header: Header, devices: list[tuple[int, str]]) -> Ledger:
+        """The ledger of a new run of these devices, given as (index, id)."""
+        joined = [DeviceJoined(index, device_id) for index, device_id in devices]
+        journal = JournalWriter(folder / JOURNAL_FILE, header, *joined)
+        return cls(folder, journal, NOTHING_RECORDED, resume=False)
+
+    @classmethod
+    def resume(cls, past: Past, tau: int, record: Resumed) -> Ledger:
+        """The ledger of a run that goes on; `record` says on what."""
+        metrics = read_metrics(past.folder, past.header.run, past.rounds, tau)
+        journal = JournalWriter(past.folder / JOURNAL_FILE, None, size_bytes=past.size_bytes)
+        journal.append(record)
+        return cls(past.folder, journal, metrics, resume=True)
 
     def joined(self, index: int, device_id: str) -> None:
         """A device was given its index."""
@@ -62,7 +92,7 @@ class Ledger:
             return
         self._reported[index] = report.epoch, report.round
         self.traffic.add(index, report)
-        self._recorder.device(device_id, index, report)
+        self._recorder.device(DeviceReport(device_id, index, report))
         self._trace.device_round(index, device_id, report)
 
     def arrived(self, device: int, frame: Frame, at_s: float) -> None:
@@ -90,14 +120,25 @@ class Ledger:
             )  # fmt: skip
 
     def committed(self, record: RoundClosed) -> None:
-        """A round was closed: before anybody is told."""
+        """A round was closed: on the disk before anybody is told."""
         self._journal.append(record)
 
-    def verified(self, next_round: int, client: Vector, server: Vector) -> None:
-        """Journal both digests, force the journal to disk, and replace the checkpoint."""
+    def verified(self, next_round: int, client: Vector, server: Vector, *, keep: bool) -> None:
+        """Journal both digests; `keep`: replace the checkpoint by these weights."""
         self._journal.append(Digests(next_round, sha256(client), sha256(server)))
-        self._journal.sync()
-        save_checkpoint(self.folder, next_round, client, server)
+        if keep:
+            save_checkpoint(self.folder, next_round, client, server)
+
+    def catch_up(self, rounds: list[RoundClosed], tau: int, last: Scores | None) -> None:
+        """Record the closed rounds that have no row; `last` are the scores after the last one."""
+        for closed in rounds[self._recorded :]:
+            row = unmeasured(closed, tau)
+            if last is not None and closed is rounds[-1]:
+                traffic = self.traffic.totals()
+                row.accuracy, row.loss = last.accuracy, last.loss
+                row.bytes_up, row.bytes_down = traffic["bytes_up"], traffic["bytes_down"]
+            self._recorder.round(row)
+        self._recorded = len(rounds)
 
     def measured(
         self, closed: CloseRound, closed_s: float, tau: int, scores: Scores | None
@@ -125,8 +166,8 @@ class Ledger:
         return self._recorder.round(metrics)
 
     def close(self, reason: str, next_round: int, client: Vector, server: Vector) -> None:
-        """The run is over."""
-        self.verified(next_round, client, server)
+        """The run is over; weights that diverged do not replace those of the checkpoint."""
+        self.verified(next_round, client, server, keep=reason != Outcome.DIVERGED.value)
         self._journal.append(Ended(reason))
         self._journal.close()
         self._recorder.close()

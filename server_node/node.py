@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from server_node.actions import Outcome
+from server_node.blobs import BlobShelf
 from server_node.errors import FrameFaultError, LobbyError, NoProgressError
 from server_node.fleet import Fleet, Member
 from server_node.prepare import Experiment, open_run
+from server_node.resume import History
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, QueueFullError, TransportError
 from wire_protocol.frames import Frame, decode_frame
-from wire_protocol.manifest import sha256
 from wire_protocol.messages import (
-    CHUNK_BYTES,
-    Chunk,
     DownMessage,
     End,
     Fetch,
@@ -43,8 +42,6 @@ OFFLINE_S: Final = 300.0
 _POLL_S: Final = 0.05
 # Longest sleep without an event while a round is open.
 _IDLE_S: Final = 1.0
-# Snapshots kept for devices that are fetching them, beside the bundle's three blobs.
-_SNAPSHOTS_KEPT: Final = 4
 _EVENTS_A_TURN: Final = 64
 # Messages that the broker has not acknowledged, above which no chunks are served.
 _BACKLOG: Final = 256
@@ -53,18 +50,20 @@ _REFUSALS_SAID: Final = 100
 
 
 class Node:
-    """Serves one experiment to a fleet. `notify` gets progress as plain dictionaries."""
+    """Serves one experiment to a fleet. `notify` gets progress as plain dictionaries.
+
+    `known` are the devices, by index and id, of a run that goes on.
+    """
 
     def __init__(
-        self, experiment: Experiment, link: LinkLike, notify: Callable[[dict[str, Any]], None]
-    ) -> None:
+        self, experiment: Experiment, link: LinkLike, notify: Callable[[dict[str, Any]], None],
+        known: Sequence[tuple[int, str]] = (),
+    ) -> None:  # fmt: skip
         self._experiment, self._link, self._notify = experiment, link, notify
         self._topics = Topics(experiment.config.run.fleet)
-        self._fleet = Fleet(experiment.config.devices.count)
-        self._bundle = {sha256(blob): blob for blob in experiment.blobs}
-        self._snapshots: dict[str, bytes] = {}
+        self._fleet = Fleet(experiment.config.devices.count, known)
+        self._blobs = BlobShelf(experiment.blobs)
         self._run: Run | None = None
-        self._fetches: dict[str, Fetch] = {}  # the latest of each device
         self._refusals_said = (0.0, 0)  # the second, and how many in it
         self._ending = False
         self._final_reports: set[int] = set()
@@ -79,8 +78,8 @@ class Node:
             self._turn(_POLL_S)
             self._check_lobby(deadline_s, self._fleet.waiting_ids)
 
-    def run(self, *, frozen: bool, final: bool) -> Run:
-        """Run the experiment once; the devices stay unless `final`.
+    def run(self, *, frozen: bool, final: bool, history: History | None = None) -> Run:
+        """Run the experiment once, or on from its `history`; the devices stay unless `final`.
 
         A run that diverged returns like one that is complete: `finished` tells. Raises LobbyError,
         NoProgressError, TransportError.
@@ -89,15 +88,16 @@ class Node:
         run = self._run = open_run(
             self._experiment, frozen=frozen,
             devices=[(m.index or 0, m.device_id) for m in members], outbox=self,
-            notify=self._notify,
+            notify=self._notify, history=history,
         )  # fmt: skip
-        self._notify({"event": "run", "frozen": frozen})
+        self._notify({"event": "run", "frozen": frozen, "rounds_closed": run.rounds_closed})
         reason = "interrupted"
         try:
             self._fleet.new_run()
             for member in members:
                 self._welcome(member)
-            self._wait_ready()
+            if not run.complete:  # otherwise only its end is missing, and devices may be gone
+                self._wait_ready()
             run.start([m.index or 0 for m in self._fleet.numbered() if m.ready])
             while run.finished is None:
                 worked = run.work()
@@ -160,12 +160,7 @@ class Node:
 
     def offer_blob(self, data: bytes) -> str:
         """Make a blob fetchable; returns its digest."""
-        digest = sha256(data)
-        self._snapshots.pop(digest, None)
-        self._snapshots[digest] = data
-        while len(self._snapshots) > _SNAPSHOTS_KEPT:
-            del self._snapshots[next(iter(self._snapshots))]
-        return digest
+        return self._blobs.offer(data)
 
     def _down(self, device_id: str, message: DownMessage) -> None:
         self._publish(self._topics.down(device_id), message)
@@ -179,7 +174,7 @@ class Node:
 
     def _turn(self, timeout_s: float) -> None:
         """Take the events that are here, waiting at most `timeout_s` for the first; keep time."""
-        event = self._link.next_event(min(timeout_s, _POLL_S) if self._fetches else timeout_s)
+        event = self._link.next_event(min(timeout_s, _POLL_S) if self._blobs.asked else timeout_s)
         taken = 0
         while event is not None:
             self._take(event)
@@ -235,14 +230,14 @@ class Node:
             self._say_refused("refused-message", uplink.device_id, str(error))
 
     def _frame(self, run: Run, member: Member, index: int, frame: Frame) -> None:
-        if frame.run != run.header.run or frame.epoch != member.join.epoch:
+        if frame.run != run.header.run or frame.epoch != member.epoch:
             return
         try:
             run.frame(index, frame)
         except FrameFaultError as error:
             run.ledger.useless("refused")
             self._say_refused("refused-device", member.device_id, str(error))
-            self._down(member.device_id, Refused(member.join.epoch, str(error)))
+            self._down(member.device_id, Refused(member.epoch, str(error)))
 
     def _say_refused(self, event: str, device_id: str, why: str) -> None:
         second, said = self._refusals_said
@@ -258,12 +253,14 @@ class Node:
             case Join():
                 self._join(device_id, message)
             case Fetch() if member is not None:
-                self._fetches[device_id] = message
+                self._blobs.ask(device_id, message)
             case Leave():
                 self._leave(device_id, message)
-            case Ready() if member is not None and message.epoch == member.join.epoch:
+            case Ready() if member is not None and message.epoch == member.epoch:
                 self._ready(member, message)
-            case Report() if member is not None and message.epoch == member.join.epoch:
+            case Ready():  # it has not heard that the server was started anew
+                self._down(device_id, Hello())
+            case Report() if member is not None and message.epoch == member.epoch:
                 self._report(member, message)
             case _:
                 pass
@@ -274,7 +271,7 @@ class Node:
             self._down(device_id, Refused(join.epoch, why))
             return
         known = self._fleet.member(device_id)
-        if known is None or known.join.epoch != join.epoch:
+        if known is None or known.epoch != join.epoch:
             self._notify(
                 {
                     "event": "joined",
@@ -297,36 +294,28 @@ class Node:
 
     def _welcome(self, member: Member) -> None:
         run = self._run
-        if run is None or member.index is None:
+        if run is None or member.index is None or member.join is None:
             return
         config = run.config
         self._down(
             member.device_id,
             Welcome(
-                run=run.header.run, run_seed=config.run.seed, epoch=member.join.epoch,
+                run=run.header.run, run_seed=config.run.seed, epoch=member.epoch,
                 device=member.index, manifest_sha256=self._experiment.exported.digest,
                 manifest_bytes=len(self._experiment.manifest_bytes),
                 directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
                 batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
                 encoding=config.wire.encoding, compression=config.wire.compression,
+                next_round=run.rounds_closed,
             ),
         )  # fmt: skip
 
     def _feed(self) -> None:
         """Serve the blobs that devices asked for, as fast as the broker takes them."""
-        while self._fetches and self._link.backlog < _BACKLOG:
-            device_id = next(iter(self._fetches))
-            fetch = self._fetches.pop(device_id)
-            blob = self._bundle.get(fetch.digest) or self._snapshots.get(fetch.digest)
-            if blob is None:
-                continue
-            if fetch.digest in self._snapshots:  # in use: not the next to go
-                self._snapshots[fetch.digest] = self._snapshots.pop(fetch.digest)
-            last = min(fetch.first + fetch.count, -(-len(blob) // CHUNK_BYTES))
-            for index in range(fetch.first, last):
-                begin = index * CHUNK_BYTES
-                data = blob[begin : begin + CHUNK_BYTES]
-                self._down(device_id, Chunk(fetch.digest, index, data))
+        while self._blobs.asked and self._link.backlog < _BACKLOG:
+            device_id, chunks = self._blobs.answer()
+            for chunk in chunks:
+                self._down(device_id, chunk)
 
     def _leave(self, device_id: str, leave: Leave) -> None:
         member = self._fleet.leave(device_id, leave.epoch)

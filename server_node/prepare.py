@@ -13,23 +13,34 @@ import torch
 from numpy.typing import NDArray
 
 from export.cuts import Halves
-from export.exporter import Export, export_model
+from export.exporter import (
+    CLIENT_FOLDER,
+    SERVER_FOLDER,
+    Export,
+    export_model,
+    fill_half,
+    load_halves,
+)
 from export.inputs import SampleArray
 from export.server_half import read_server_half
 from server_node.config import Config, to_toml
 from server_node.datasets import load_dataset
-from server_node.errors import ConfigError
 from server_node.evaluation import Evaluator
+from server_node.files import replace_file
 from server_node.half import ServerHalf
-from server_node.journal import JOURNAL_FILE, Header
+from server_node.journal import Header, Resumed
 from server_node.ledger import Ledger
 from server_node.machine import environment, fix_arithmetic
+from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
+from server_node.samples import Dataset
 from server_node.transform import check_fit, declare, explained
-from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from wire_protocol.errors import InputError
+from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, assemble
 
 CONFIG_FILE = "config.toml"
 CONTROL_FOLDER = "control"
+_BUNDLE_FILES = (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
 
 
 class Experiment(NamedTuple):
@@ -50,15 +61,97 @@ class Experiment(NamedTuple):
         """The client bundle's manifest as written."""
         return self.blobs[0]
 
+    @property
+    def client_weights(self) -> NDArray[np.float32]:
+        """The initial weights of the client half (d_c,), in a new array."""
+        parameters = self.exported.manifest.parameters
+        return np.frombuffer(self.blobs[2], "<f4", parameters).astype(np.float32)
 
-def prepare(config: Config, folder: Path) -> Experiment:
-    """Make the run folder: configuration as run, client and server halves. Raises InputErrors."""
-    if any((place / JOURNAL_FILE).exists() for place in (folder, folder / CONTROL_FOLDER)):
-        raise ConfigError(f"{folder}: holds a run already; give another --out, or remove it")
+
+def prepare(config: Config, folder: Path, past: Past | None = None) -> Experiment:
+    """Make the run folder: configuration as run, client and server halves. Raises InputErrors.
+
+    A run that goes on needs the halves of its `past`: they are exported again when they are
+    damaged. Raises JournalError when they, or the configuration, are not those it began with.
+    """
     fix_arithmetic(config.server)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+    if past is None:
+        toml = to_toml(config).encode()
+        replace_file(folder / CONFIG_FILE, lambda file: file.write(toml))
     data = load_dataset(config.data)
+    exported = _kept_export(folder, past.header) if past is not None else None
+    if exported is None:
+        exported = _export(config, data, folder)
+    server_manifest, server_weights = read_server_half(exported.server)
+    blobs = [(exported.client / name).read_bytes() for name in _BUNDLE_FILES]
+    if past is not None:
+        check_identity(past, config.sha256(), exported.digest, server_manifest.weights.sha256)
+    evaluator = Evaluator(exported.halves.client, exported.manifest, data)
+    return Experiment(
+        config, folder, exported, evaluator, server_weights,
+        server_manifest.weights.sha256, blobs, data.class_names, data.notes,
+    )  # fmt: skip
+
+
+def open_run(
+    experiment: Experiment, *, frozen: bool, devices: list[tuple[int, str]], outbox: Outbox,
+    notify: Callable[[dict[str, Any]], None], history: History | None = None,
+) -> Run:  # fmt: skip
+    """Open the journal and the files of a run; `frozen` is the control with eta_c = 0.
+
+    With a `history` the run goes on in its folder, with its devices.
+    """
+    config = control_config(experiment.config) if frozen else experiment.config
+    folder = experiment.folder / CONTROL_FOLDER if frozen else experiment.folder
+    folder.mkdir(exist_ok=True)
+    half = open_half(experiment)
+    if history is not None:
+        header = history.past.header
+        resumed = Resumed(
+            len(history.commits), config.server.device, config.server.threads,
+            config.server.replicas, environment(),
+        )  # fmt: skip
+        ledger = Ledger.resume(history.past, config.method.tau, resumed)
+    else:
+        header = Header(
+            run=secrets.randbits(63), run_seed=config.run.seed, lam=config.method.lam,
+            manifest_sha256=experiment.exported.digest,
+            server_weights_sha256=experiment.server_weights_sha256,
+            config_sha256=config.sha256(), server_device=config.server.device,
+            server_threads=config.server.threads, server_replicas=config.server.replicas,
+            environment=environment(),
+        )  # fmt: skip
+        ledger = Ledger.begin(folder, header, devices)
+    return Run(
+        config, header, experiment.exported.manifest, half, experiment.evaluator,
+        experiment.client_weights, experiment.server_weights, ledger, outbox, notify, history,
+    )  # fmt: skip
+
+
+def control_config(config: Config) -> Config:
+    """The frozen-client control's configuration: the same with eta_c = 0."""
+    method = msgspec.structs.replace(config.method, eta_c=0.0)
+    return msgspec.structs.replace(config, method=method)
+
+
+def open_half(experiment: Experiment) -> ServerHalf:
+    """The server half in torch, with its initial weights."""
+    return _server_half(
+        experiment.config, experiment.exported.halves, experiment.server_weights
+    )  # fmt: skip
+
+
+def _server_half(config: Config, halves: Halves, weights: NDArray[np.float32]) -> ServerHalf:
+    return ServerHalf(
+        halves.server.module, weights, run_seed=config.run.seed, lam=config.method.lam,
+        directions=config.method.directions_server, device=torch.device(config.server.device),
+        replicas=config.server.replicas,
+    )  # fmt: skip
+
+
+def _export(config: Config, data: Dataset, folder: Path) -> Export:
+    """Export the model for the data; prove that its server half can compute in batches."""
     declared = declare(config.data, data.x_train, ["float32"] * len(data.x_train))
     arrays = [
         SampleArray(have.raw_shape, x.dtype.kind in "bui", have.transform)
@@ -71,53 +164,27 @@ def prepare(config: Config, folder: Path) -> Experiment:
             weights=Path(config.model.weights) if config.model.weights else None,
         )  # fmt: skip
     check_fit(config, declared[0], exported.manifest.inputs[0].shape)
-    server_manifest, server_weights = read_server_half(exported.server)
     if config.server.replicas > 1:
+        _, server_weights = read_server_half(exported.server)
         shape = (config.devices.batch, *exported.manifest.activation.shape)
         _server_half(config, exported.halves, server_weights).check_batching(shape)
-    blobs = [
-        (exported.client / name).read_bytes() for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
-    ]
-    evaluator = Evaluator(exported.halves.client, exported.manifest, data)
-    return Experiment(
-        config, folder, exported, evaluator, server_weights,
-        server_manifest.weights.sha256, blobs, data.class_names, data.notes,
-    )  # fmt: skip
+    return exported
 
 
-def open_run(
-    experiment: Experiment, *, frozen: bool, devices: list[tuple[int, str]], outbox: Outbox,
-    notify: Callable[[dict[str, Any]], None],
-) -> Run:  # fmt: skip
-    """Open the journal and the files of a run; `frozen` is the control with eta_c = 0."""
-    config = experiment.config
-    folder = experiment.folder
-    if frozen:
-        method = msgspec.structs.replace(config.method, eta_c=0.0)
-        config = msgspec.structs.replace(config, method=method)
-        folder = folder / CONTROL_FOLDER
-        folder.mkdir(exist_ok=True)
-    header = Header(
-        run=secrets.randbits(63), run_seed=config.run.seed, lam=config.method.lam,
-        manifest_sha256=experiment.exported.digest,
-        server_weights_sha256=experiment.server_weights_sha256, config_sha256=config.sha256(),
-        server_device=config.server.device, server_threads=config.server.threads,
-        server_replicas=config.server.replicas, environment=environment(),
-    )  # fmt: skip
-    client = np.frombuffer(
-        experiment.blobs[2], "<f4", experiment.exported.manifest.parameters
-    ).astype(np.float32)
-    server = experiment.server_weights.copy()
-    half = _server_half(config, experiment.exported.halves, server)
-    return Run(
-        config, header, experiment.exported.manifest, half, experiment.evaluator, client, server,
-        Ledger(folder, header, devices), outbox, notify,
-    )  # fmt: skip
-
-
-def _server_half(config: Config, halves: Halves, weights: NDArray[np.float32]) -> ServerHalf:
-    return ServerHalf(
-        halves.server.module, weights, run_seed=config.run.seed, lam=config.method.lam,
-        directions=config.method.directions_server, device=torch.device(config.server.device),
-        replicas=config.server.replicas,
+def _kept_export(folder: Path, header: Header) -> Export | None:
+    """The halves in a run folder when they are whole and those of the journal, otherwise None."""
+    client, server = folder / CLIENT_FOLDER, folder / SERVER_FOLDER
+    try:
+        manifest_data, graph, weights = ((client / name).read_bytes() for name in _BUNDLE_FILES)
+        bundle = assemble(manifest_data, graph, weights, str(client))
+        manifest, _ = read_server_half(server)
+    except (OSError, InputError):
+        return None
+    have = bundle.digest, manifest.weights.sha256
+    if have != (header.manifest_sha256, header.server_weights_sha256):
+        return None
+    halves = load_halves(server)
+    fill_half(halves.client, weights)
+    return Export(
+        client, server, bundle.digest, bundle.manifest, manifest.parameters, halves, []
     )  # fmt: skip

@@ -1,15 +1,22 @@
-"""Metrics of one run on disk, twice: CSV for people, JSON lines for programs."""
+"""Metrics of one run on disk, twice: CSV for people, JSON lines for programs.
+
+They are not the truth of a run and are not forced onto the disk: what a crash took of them is
+empty in the rows of a resumed run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from server_node.journal import RoundClosed
 from wire_protocol.messages import Report
 
 
@@ -21,17 +28,25 @@ class RoundMetrics:
     accuracy: float | None
     loss: float | None
     contributions: int
-    dropped: int
-    late_frames: int
-    duplicate_frames: int
-    refused_frames: int
+    dropped: int | None  # this and the following: None also when the server was killed before
+    late_frames: int | None
+    duplicate_frames: int | None
+    refused_frames: int | None
     tau: int
-    server_steps: int
-    seconds: float
-    server_busy_s: float
-    server_busy_while_waiting_s: float
-    bytes_up: int  # cumulative over the run, as reported so far
-    bytes_down: int
+    server_steps: int | None
+    seconds: float | None
+    server_busy_s: float | None
+    server_busy_while_waiting_s: float | None
+    bytes_up: int | None  # cumulative over the run, as reported so far
+    bytes_down: int | None
+
+
+class DeviceReport(NamedTuple):
+    """What a round cost a device, by its own account."""
+
+    device_id: str
+    device: int
+    report: Report
 
 
 _COUNTERS = ("bytes_up", "bytes_down", "bundle_bytes_up", "bundle_bytes_down")
@@ -56,19 +71,101 @@ class Traffic:
         return sums
 
 
-class Table:
-    """A CSV file and a JSON-lines file with the same rows."""
+class PastMetrics(NamedTuple):
+    """What was recorded of a run before it was stopped."""
 
-    def __init__(self, folder: Path, name: str, columns: list[str]) -> None:
-        self._csv_file: IO[str] = (folder / f"{name}.csv").open("w", newline="", encoding="utf-8")
-        self._json_file: IO[str] = (folder / f"{name}.jsonl").open("w", encoding="utf-8")
+    rounds: list[RoundMetrics]  # 0, 1, .. as far as rows were found, gaps filled
+    reports: list[DeviceReport]
+
+    def total(self, field: str) -> Any:
+        """Sum of a field over the rounds; what was not measured counts as 0."""
+        return sum(getattr(row, field) or 0 for row in self.rounds)
+
+    def traffic(self) -> Traffic:
+        """The counters that the devices had reported."""
+        traffic = Traffic()
+        for report in self.reports:
+            traffic.add(report.device, report.report)
+        return traffic
+
+
+NOTHING_RECORDED = PastMetrics([], [])
+
+
+def read_metrics(folder: Path, run: int, rounds: list[RoundClosed], tau: int) -> PastMetrics:
+    """The rows of FOLDER that belong to these closed rounds; what is damaged is left out."""
+    found: dict[int, RoundMetrics] = {}
+    for line in _lines(folder / "rounds.jsonl"):
+        with contextlib.suppress(msgspec.ValidationError):
+            row = msgspec.convert(line, RoundMetrics)
+            found[row.round] = row
+    last = max((number for number in found if number < len(rounds)), default=-1)
+    rows = [found.get(number) or unmeasured(rounds[number], tau) for number in range(last + 1)]
+    reports: list[DeviceReport] = []
+    for line in _lines(folder / "devices.jsonl"):
+        with contextlib.suppress(msgspec.ValidationError):
+            name = msgspec.convert(line.pop("device_id", None), str)
+            index = msgspec.convert(line.pop("device", None), int)
+            report = msgspec.convert(line, Report)
+            if report.run == run and report.round <= len(rounds):
+                reports.append(DeviceReport(name, index, report))
+    return PastMetrics(rows, reports)
+
+
+def unmeasured(closed: RoundClosed, tau: int) -> RoundMetrics:
+    """What the journal alone tells of a round."""
+    nothing = dict.fromkeys(field.name for field in fields(RoundMetrics))
+    known = {"round": closed.round, "contributions": len(closed.shares), "tau": tau}
+    return RoundMetrics(**{**nothing, **known})  # type: ignore[arg-type]  # the rest may be None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                yield value
+
+
+def _row(report: DeviceReport) -> dict[str, Any]:
+    counts = msgspec.structs.asdict(report.report)
+    return {"device_id": report.device_id, "device": report.device, **counts}
+
+
+class Table:
+    """A CSV file and a JSON-lines file with the same rows, those of `kept` first."""
+
+    def __init__(
+        self, folder: Path, name: str, columns: list[str], kept: Iterable[dict[str, Any]]
+    ) -> None:
+        # Under another name at first: being killed in here loses no row.
+        paths = [folder / f"{name}{ending}" for ending in (".csv", ".jsonl")]
+        files = [
+            path.with_name(path.name + ".new").open("w", newline="", encoding="utf-8")
+            for path in paths
+        ]
+        self._csv_file, self._json_file = files
         self._csv = csv.DictWriter(self._csv_file, columns)
         self._csv.writeheader()
+        for row in kept:
+            self._write(row)
+        self._flush()
+        for path in paths:
+            path.with_name(path.name + ".new").replace(path)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row and flush: a killed run keeps what it measured."""
+        self._write(row)
+        self._flush()
+
+    def _write(self, row: dict[str, Any]) -> None:
         self._csv.writerow(row)
         self._json_file.write(json.dumps(row) + "\n")
+
+    def _flush(self) -> None:
         self._csv_file.flush()
         self._json_file.flush()
 
@@ -79,12 +176,16 @@ class Table:
 
 
 class Recorder:
-    """rounds.csv/.jsonl and devices.csv/.jsonl of one run folder."""
+    """rounds.csv/.jsonl and devices.csv/.jsonl of one run folder; `past` is kept in them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, past: PastMetrics = NOTHING_RECORDED) -> None:
         report_columns = [f.name for f in msgspec.structs.fields(Report)]
-        self._rounds = Table(folder, "rounds", [f.name for f in fields(RoundMetrics)])
-        self._devices = Table(folder, "devices", ["device_id", "device", *report_columns])
+        self._rounds = Table(
+            folder, "rounds", [f.name for f in fields(RoundMetrics)], map(asdict, past.rounds)
+        )
+        self._devices = Table(
+            folder, "devices", ["device_id", "device", *report_columns], map(_row, past.reports)
+        )
 
     def round(self, metrics: RoundMetrics) -> dict[str, Any]:
         """Record a round; returns the row."""
@@ -92,10 +193,9 @@ class Recorder:
         self._rounds.add(row)
         return row
 
-    def device(self, device_id: str, index: int, report: Report) -> None:
+    def device(self, report: DeviceReport) -> None:
         """Record what a round cost a device."""
-        row = {"device_id": device_id, "device": index, **msgspec.structs.asdict(report)}
-        self._devices.add(row)
+        self._devices.add(_row(report))
 
     def close(self) -> None:
         """Close all files."""

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.server_half import read_server_half
+from server_node.actions import Outcome
 from server_node.errors import JournalError
 from server_node.journal import (
     JOURNAL_FILE,
     Digests,
     Ended,
     Header,
+    Resumed,
     RoundClosed,
     Share,
     read_journal,
@@ -37,7 +39,7 @@ class ReplayResult(NamedTuple):
     client_sha256: str
     server_sha256: str
     matches: bool | None  # None: the journal holds no digests to compare with
-    complete: bool  # the run was ended rather than cut
+    complete: bool  # it went through all its rounds
     notes: list[str]
 
 
@@ -97,8 +99,8 @@ def replay(folder: Path, halves: Path) -> ReplayResult:
             if not same and matches is not False:
                 notes.append(f"digests differ from the journaled ones after {rounds} rounds")
             matches = same and matches is not False
-        elif isinstance(record, Ended):
-            complete = True
+        elif isinstance(record, Ended | Resumed):
+            complete = isinstance(record, Ended) and record.reason == Outcome.COMPLETE.value
     return ReplayResult(rounds, sha256(client), sha256(server), matches, complete, notes)
 
 

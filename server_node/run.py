@@ -35,6 +35,7 @@ from server_node.half import ActivationBatch, Scores, ServerHalf, Turn
 from server_node.journal import Header, RoundClosed, Share
 from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
+from server_node.resume import History
 from server_node.schedule import step_factor
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
@@ -72,20 +73,25 @@ class Run:
     def __init__(
         self, config: Config, header: Header, manifest: Manifest, half: ServerHalf,
         evaluator: Evaluator, client: Vector, server: Vector, ledger: Ledger, outbox: Outbox,
-        notify: Callable[[dict[str, Any]], None],
+        notify: Callable[[dict[str, Any]], None], history: History | None = None,
     ) -> None:  # fmt: skip
+        """`client` (d_c,) and `server` (d_s,) are the initial weights; they are not written to."""
         self.config, self.header, self.ledger = config, header, ledger
-        self.client, self.server = client, server
+        self._initial = client, server
+        self._history = history
+        self.client = client.copy() if history is None else history.client
+        self.server = server.copy() if history is None else history.server
         self.finished: Finish | None = None
         self.scores: Scores | None = None
-        self.contributions = self.rounds_closed = 0
+        closed = history.past.rounds if history is not None else []
+        self.rounds_closed, self.contributions = len(closed), sum(len(r.shares) for r in closed)
         self._manifest, self._half, self._evaluator = manifest, half, evaluator
         self._outbox, self._notify = outbox, notify
         self._first_loss = math.inf
         self._generator = DirectionGenerator()
         self._coordinator: Coordinator | None = None
-        self._commits: list[Commit] = []
-        self._commit_bytes: list[int] = []
+        self._commits: list[Commit] = history.commits if history is not None else []
+        self._commit_bytes = [len(encode(commit)) for commit in self._commits]
         # Closed and when; recorded once the next round is on its way.
         self._closed: tuple[CloseRound, float] | None = None
         self._batches: dict[int, ActivationBatch] = {}
@@ -95,11 +101,16 @@ class Run:
     # -- events ------------------------------------------------------------------------------
 
     def start(self, devices: list[int]) -> None:
-        """Everybody is ready: score the initial weights, open round 0."""
+        """Everybody is ready: score the initial weights, open the first round, or the next."""
         method, rule = self.config.method, self.config.round
-        self._half.load(self.server)
-        self.scores = self._evaluator.scores(self.client, self._half)
+        client, server = self._initial
+        self._half.load(server)
+        self.scores = self._evaluator.scores(client, self._half)
         self._first_loss = self.scores.loss
+        if self._history is not None:
+            self._catch_up(self._history)
+            if self.finished is not None:
+                return
         rules = Rules(
             run_seed=self.config.run.seed, rounds=self.config.run.rounds,
             participants=self.config.participants, tau=method.tau, directions=self.directions,
@@ -107,7 +118,12 @@ class Run:
             stall_s=rule.stall_s, replicas=self.config.server.replicas,
         )  # fmt: skip
         self._coordinator = Coordinator(rules, devices, time.monotonic())
-        self._perform(self._coordinator.start(time.monotonic()))
+        self._perform(self._coordinator.start(time.monotonic(), self.rounds_closed))
+
+    @property
+    def complete(self) -> bool:
+        """True when every round is closed."""
+        return self.rounds_closed >= self.config.run.rounds
 
     @property
     def directions(self) -> int:
@@ -288,17 +304,34 @@ class Run:
         """Evaluate, checkpoint and record a closed round."""
         due = self._due(closed.round)
         if due:
-            self.scores = self._evaluator.scores(self.client, self._half)
-            if not self.scores.loss <= DIVERGED_FACTOR * self._first_loss:
-                self.finished = Finish(
-                    Outcome.DIVERGED,
-                    f"test loss {self.scores.loss:.3g} after round {closed.round} against "
-                    f"{self._first_loss:.3g} at the start; use smaller steps",
-                )
-            self.ledger.verified(closed.round + 1, self.client, self.server)
+            self._evaluate()
         scores = self.scores if due else None
         row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores)
         self._notify({"event": "round", **row})
+
+    def _evaluate(self) -> None:
+        """Score the weights, journal their digests, and keep those that did not diverge."""
+        self.scores = self._evaluator.scores(self.client, self._half)
+        good = self.scores.loss <= DIVERGED_FACTOR * self._first_loss
+        if not good:
+            self.finished = Finish(
+                Outcome.DIVERGED,
+                f"test loss {self.scores.loss:.3g} after round {self.rounds_closed - 1} against "
+                f"{self._first_loss:.3g} at the start; use smaller steps",
+            )
+        self.ledger.verified(self.rounds_closed, self.client, self.server, keep=good)
+
+    def _catch_up(self, history: History) -> None:
+        """Do for the last round what the server was stopped in, after its commit."""
+        self._half.load(self.server)
+        rounds = history.past.rounds
+        due = self._due(len(rounds) - 1)
+        if due and len(rounds) not in history.past.digests:
+            self._evaluate()
+        elif due:
+            self.scores = self._evaluator.scores(self.client, self._half)
+        self.ledger.catch_up(rounds, self.config.method.tau, self.scores if due else None)
+        self._history = None
 
     def close(self, reason: str) -> None:
         """End the journal and close all files."""

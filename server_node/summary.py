@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from server_node.prepare import Experiment
+from server_node.files import replace_file
+from server_node.half import Scores
+from server_node.prepare import Experiment, open_half
+from server_node.recorder import read_metrics
+from server_node.resume import History
 from server_node.run import Run
 from wire_protocol.manifest import sha256
 
@@ -14,30 +18,68 @@ SUMMARY_FILE: Final = "summary.json"
 
 
 class RunResult(NamedTuple):
-    """A finished run, how long it took, and the bytes of its devices' streams."""
+    """What became of a run; times in seconds, traffic in bytes of its devices' streams."""
 
-    run: Run
+    outcome: str
+    detail: str
+    scores: Scores | None
+    rounds: int
+    contributions: int
+    resumed: int
     seconds: float
+    busy_s: float
+    busy_waiting_s: float
+    server_steps: int
     traffic: dict[str, int]
+    client_sha256: str
+    server_sha256: str
+    environment: dict[str, str]
+
+
+def result_of(run: Run, seconds: float, resumed: int) -> RunResult:
+    """The result of a run that this server finished, after `seconds` of its own."""
+    ledger, finished = run.ledger, run.finished
+    return RunResult(
+        finished.outcome.value if finished else "interrupted", finished.detail if finished else "",
+        run.scores, run.rounds_closed, run.contributions, resumed, ledger.past_s + seconds,
+        ledger.busy_s, ledger.busy_waiting_s, ledger.server_steps, ledger.traffic.totals(),
+        sha256(run.client), sha256(run.server), run.header.environment,
+    )  # fmt: skip
+
+
+def result_of_past(experiment: Experiment, history: History) -> RunResult:
+    """The result of a run that an earlier start of the server finished, from its files."""
+    past = history.past
+    metrics = read_metrics(past.folder, past.header.run, past.rounds, experiment.config.method.tau)
+    half = open_half(experiment)
+    half.load(history.server)
+    return RunResult(
+        past.ended, "", experiment.evaluator.scores(history.client, half), len(past.rounds),
+        sum(len(closed.shares) for closed in past.rounds), past.resumed, metrics.total("seconds"),
+        metrics.total("server_busy_s"), metrics.total("server_busy_while_waiting_s"),
+        metrics.total("server_steps"), metrics.traffic().totals(), sha256(history.client),
+        sha256(history.server), past.header.environment,
+    )  # fmt: skip
 
 
 def summarise(
-    experiment: Experiment, main: RunResult, control: RunResult | str, broker: str
+    experiment: Experiment, main: RunResult, control: RunResult | str, broker: str | None
 ) -> dict[str, Any]:
     """The summary as a dictionary; what was not measured is None with a reason beside it.
 
-    `control` is the frozen-client run, or why there is none.
+    `control` is the frozen-client run, or why there is none; `broker` the protocol it spoke, None
+    when no broker was needed any more.
     """
-    config, run = experiment.config, main.run
+    config = experiment.config
     summary: dict[str, Any] = {
-        "accuracy": run.scores.accuracy if run.scores else None,
-        "loss": run.scores.loss if run.scores else None,
+        "accuracy": main.scores.accuracy if main.scores else None,
+        "loss": main.scores.loss if main.scores else None,
         "accuracy_frozen_client": None,
         "loss_frozen_client": None,
         "accuracy_frozen_client_reason": control if isinstance(control, str) else "measured",
-        "outcome": _outcome(run),
+        "outcome": main.outcome,
         "outcome_frozen_client": None,
-        "rounds": run.rounds_closed,
+        "rounds": main.rounds,
         "tau": config.method.tau,
         "clients": config.devices.count,
         "seed": config.run.seed,
@@ -49,19 +91,22 @@ def summarise(
         "parameters_server": experiment.exported.server_parameters,
         "seconds": round(main.seconds, 3),
         "seconds_control": None,
-        "server_busy_s": round(run.ledger.busy_s, 3),
-        "server_busy_while_waiting_s": round(run.ledger.busy_waiting_s, 3),
+        "resumed": main.resumed,
+        "server_busy_s": round(main.busy_s, 3),
+        "server_busy_while_waiting_s": round(main.busy_waiting_s, 3),
         **main.traffic,
-        "bytes_up_per_client_round": round(main.traffic["bytes_up"] / max(1, run.contributions), 1),
+        "bytes_up_per_client_round": round(
+            main.traffic["bytes_up"] / max(1, main.contributions), 1
+        ),
         "bytes_down_per_client_round": round(
-            main.traffic["bytes_down"] / max(1, run.contributions), 1
+            main.traffic["bytes_down"] / max(1, main.contributions), 1
         ),
         "control_bytes_up": None,
         "control_bytes_down": None,
-        "client_rounds": run.contributions,
-        "server_steps": run.ledger.server_steps,
-        "client_weights_sha256": sha256(run.client),
-        "server_weights_sha256": sha256(run.server),
+        "client_rounds": main.contributions,
+        "server_steps": main.server_steps,
+        "client_weights_sha256": main.client_sha256,
+        "server_weights_sha256": main.server_sha256,
         "config_sha256": config.sha256(),
         "bundle_sha256": experiment.exported.digest,
         "broker_protocol": broker,
@@ -71,14 +116,14 @@ def summarise(
         "server_threads": config.server.threads,
         "server_replicas": config.server.replicas,
         "device_threads": config.devices.threads,
-        "versions": run.header.environment,
+        "versions": main.environment,
     }
     if isinstance(control, RunResult):
-        scores, traffic = control.run.scores, control.traffic
+        scores, traffic = control.scores, control.traffic
         summary |= {
             "accuracy_frozen_client": scores.accuracy if scores else None,
             "loss_frozen_client": scores.loss if scores else None,
-            "outcome_frozen_client": _outcome(control.run),
+            "outcome_frozen_client": control.outcome,
             "seconds_control": round(control.seconds, 3),
             "control_bytes_up": traffic["bytes_up"] + traffic["bundle_bytes_up"],
             "control_bytes_down": traffic["bytes_down"] + traffic["bundle_bytes_down"],
@@ -86,10 +131,16 @@ def summarise(
     return summary
 
 
-def _outcome(run: Run) -> str:
-    return run.finished.outcome.value if run.finished else "interrupted"
-
-
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write FOLDER/summary.json."""
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    data = (json.dumps(summary, indent=2) + "\n").encode()
+    replace_file(folder / SUMMARY_FILE, lambda file: file.write(data))
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """FOLDER/summary.json, or None when there is none that can be read."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None

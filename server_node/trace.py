@@ -24,13 +24,14 @@ _SLOTS: Final = 10  # slot 1 and up of a batch; slot 0 is COMPUTE
 
 
 class Trace:
-    """Appends events; `close` completes the JSON array."""
+    """Appends events, to those of a run before it was stopped; `close` completes the array."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        kept = _whole_events(path) if resume else []
         self._file = path.open("w", encoding="utf-8", buffering=1)  # flushed with every event
-        self._left = MAX_EVENTS
-        self._file.write("[")
-        self._separator = "\n"
+        self._left = max(0, MAX_EVENTS - len(kept))
+        self._file.write("[" + ",".join(f"\n{line}" for line in kept))
+        self._separator = ",\n" if kept else "\n"
         self._named: set[int] = set()
         self._slots_named: set[int] = set()
         self._name("process_name", SERVER_PID, 0, "server")
@@ -93,3 +94,22 @@ class Trace:
         self._left -= 1
         self._file.write(self._separator + json.dumps(event, separators=(",", ":")))
         self._separator = ",\n"
+
+
+def _whole_events(path: Path) -> list[str]:
+    """The events of a trace, one a line as they were written, without a torn end."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().decode("utf-8", "replace").removeprefix("[").split("\n")
+    events = [line.removesuffix(",") for line in lines if line.startswith("{")]
+    while events and not _is_json(events[-1]):
+        events.pop()
+    return events
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -118,6 +118,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     rounds: U32
     encoding: Encoding  # of the frames
     compression: Compression
+    next_round: U32  # the rounds that the server has committed
 
 
 class Refused(_Message, frozen=True, tag="refused"):
