@@ -128,11 +128,18 @@ def test_a_backward_slice_is_refused(start: int, stop: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scale", [1e-3, -0.37, 1e-41])
+@pytest.mark.parametrize("scale", [1e-3, -0.37, 1e-41, 0.0, -0.0, -1e-60])
 def test_add_scaled_is_one_rounded_addition_an_element(size: int, scale: float) -> None:
     generator = DirectionGenerator()
     base = vector(size)
+    base[1::5] = -0.0
     want = base + np.float32(scale) * generator.signs(EXTREME[0], 0, size)
+    octets = generator.signs_packed(EXTREME[0], size)
+    assert octets.shape == (-(-size // 8),)
+    packed = np.full_like(base, np.nan)
+    generator.add_packed(octets, -scale, base, packed)
+    generator.add_packed(octets, scale, base, packed)
+    assert packed.tobytes() == want.tobytes()
     out = np.full_like(base, np.nan)
     untouched = base.copy()
     generator.add_scaled(EXTREME[0], scale, base, out)

@@ -18,6 +18,7 @@ a set bit means -1. The "+ 1" is numpy's: its Philox increments the counter befo
 from __future__ import annotations
 
 import hashlib
+import math
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -28,8 +29,6 @@ SIGNS_PER_BLOCK: Final = 256
 _WORDS_PER_BLOCK: Final = 4
 # 64 Ki signs: the 256 KiB float32 scratch stays in a board's L2 cache.
 _CHUNK_BLOCKS: Final = 256
-_LIMIT_32: Final = 1 << 32
-_LIMIT_64: Final = 1 << 64
 
 
 class Stream(IntEnum):
@@ -53,7 +52,9 @@ class DirectionId(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError when a field does not fit its place in the packing."""
-        if min(self) < 0 or self.run_seed >= _LIMIT_64 or max(self[1:]) >= _LIMIT_32:
+        run_seed, half, device, number, step, k = self
+        # A negative integer stays negative however far it is shifted.
+        if run_seed >> 64 or (half | device | number | step | k) >> 32:
             raise ValueError(f"{self}: run_seed must be in 0..2**64-1, the others in 0..2**32-1")
 
 
@@ -70,17 +71,16 @@ class DirectionGenerator:
         # Row b: the eight signs of byte b, LSB first; a set bit is -1.
         bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
         self._signs = (1 - 2 * bits).astype(np.float32)
-        self._table = np.empty_like(self._signs)
+        self._table = self._signs.copy()  # the rows times `_scale`
+        self._scale = 1.0
         self._scratch = np.empty((_CHUNK_BLOCKS * SIGNS_PER_BLOCK // 8, 8), np.float32)
 
     def words(self, direction: DirectionId, first_block: int, blocks: int) -> NDArray[np.uint64]:
         """Raw Philox words (blocks * 4,) of a direction, from `first_block` on."""
         direction.check()
-        self._key[0] = direction.run_seed
-        self._key[1] = direction.half << 32 | direction.device
-        self._counter[0] = first_block
-        self._counter[1] = direction.round << 32 | direction.step
-        self._counter[2] = direction.k
+        run_seed, half, device, number, step, k = direction
+        self._key[:] = run_seed, half << 32 | device
+        self._counter[:] = first_block, number << 32 | step, k, 0
         self._philox.state = self._state
         return self._philox.random_raw(blocks * _WORDS_PER_BLOCK)
 
@@ -94,6 +94,31 @@ class DirectionGenerator:
         skip = start - first * SIGNS_PER_BLOCK
         return self._signs[octets].reshape(-1)[skip : skip + stop - start].copy()
 
+    def signs_packed(self, direction: DirectionId, count: int) -> NDArray[np.uint8]:
+        """Signs 0..count of the direction as (ceil(count / 8),) octets, LSB first, set bit -1.
+
+        A 32nd of the direction in float32: made once, it serves several `add_packed`.
+        """
+        words = self.words(direction, 0, -(-count // SIGNS_PER_BLOCK))
+        return _octets(words)[: -(-count // 8)]
+
+    def add_packed(
+        self,
+        octets: NDArray[np.uint8],
+        scale: float,
+        base: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None:
+        """Out = base + scale * u, u packed by `signs_packed`; bits and rules of `add_scaled`."""
+        self._prepare(scale)
+        step = _CHUNK_BLOCKS * SIGNS_PER_BLOCK
+        if base.shape[0] <= step:  # spares a small half three slices
+            self._add(octets, scale, base, out)
+            return
+        for begin in range(0, base.shape[0], step):
+            end = begin + step
+            self._add(octets[begin // 8 : end // 8], scale, base[begin:end], out[begin:end])
+
     def add_scaled(
         self,
         direction: DirectionId,
@@ -102,18 +127,33 @@ class DirectionGenerator:
         out: NDArray[np.float32],
     ) -> None:
         """Out = base + scale * u, all (d,) float32; one rounding an element; out may be base."""
-        np.multiply(self._signs, np.float32(scale), out=self._table)
-        total = base.shape[0]
-        for first in range(0, -(-total // SIGNS_PER_BLOCK), _CHUNK_BLOCKS):
-            begin = first * SIGNS_PER_BLOCK
-            end = min(total, begin + _CHUNK_BLOCKS * SIGNS_PER_BLOCK)
-            octet_count = -(-(end - begin) // 8)
+        self._prepare(scale)
+        total, step = base.shape[0], _CHUNK_BLOCKS * SIGNS_PER_BLOCK
+        for begin in range(0, total, step):
+            end = min(total, begin + step)
             blocks = -(-(end - begin) // SIGNS_PER_BLOCK)
-            octets = _octets(self.words(direction, first, blocks))[:octet_count]
-            part = self._scratch[:octet_count]
-            # mode="clip" spares numpy a buffered copy; octets are in range by type.
-            self._table.take(octets, axis=0, out=part, mode="clip")
-            np.add(base[begin:end], part.reshape(-1)[: end - begin], out=out[begin:end])
+            octets = _octets(self.words(direction, begin // SIGNS_PER_BLOCK, blocks))
+            self._add(octets[: -(-(end - begin) // 8)], scale, base[begin:end], out[begin:end])
+
+    def _prepare(self, scale: float) -> None:
+        """Fill the table for +scale and -scale."""
+        if abs(scale) != self._scale:
+            self._scale = abs(scale)
+            np.multiply(self._signs, np.float32(self._scale), out=self._table)
+
+    def _add(
+        self,
+        octets: NDArray[np.uint8],
+        scale: float,
+        base: NDArray[np.float32],
+        out: NDArray[np.float32],
+    ) -> None:
+        """One chunk at most; a - b has the bits of a + (-b), zeros included."""
+        part = self._scratch[: octets.shape[0]]
+        # mode="clip" spares numpy a buffered copy; octets are in range by type.
+        self._table.take(octets, axis=0, out=part, mode="clip")
+        add = np.subtract if math.copysign(1.0, scale) < 0 else np.add
+        add(base, part.reshape(-1)[: base.shape[0]], out=out)
 
 
 def _octets(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
