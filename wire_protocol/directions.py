@@ -21,7 +21,7 @@ import hashlib
 import math
 import sys
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,11 +65,12 @@ class DirectionGenerator:
     def __init__(self) -> None:
         # The seed given here is never used: every call sets key and counter.
         self._philox = np.random.Philox(key=0)
-        self._state = dict(self._philox.state)
+        self._state: Any = dict(self._philox.state)
         self._state["buffer"] = (0, 0, 0, 0)
         self._state["buffer_pos"] = _WORDS_PER_BLOCK  # nothing is left over from another call
         # Tuples: numpy takes their integers out twice as fast as an array's.
-        self._state["state"] = self._place = {"key": (0, 0), "counter": (0, 0, 0, 0)}
+        self._place: dict[str, tuple[int, ...]] = {"key": (0, 0), "counter": (0, 0, 0, 0)}
+        self._state["state"] = self._place
         # Row b: the eight signs of byte b, LSB first; a set bit is -1.
         bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
         self._signs = (1 - 2 * bits).astype(np.float32)
