@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
 from edge_client.errors import BundleError
@@ -33,7 +33,7 @@ from wire_protocol.messages import MAX_MANIFEST_BYTES
 MAX_GRAPH_BYTES = 64 << 20
 
 
-class Bundle(Struct, frozen=True):
+class Bundle(NamedTuple):
     """A whole, checked bundle."""
 
     digest: str

@@ -36,16 +36,13 @@ class Forward(Protocol):
 
 
 class Activation(NamedTuple):
-    """h (batch, *activation shape) at the unperturbed weights."""
+    """h (batch, *activation shape) at the unperturbed weights: the session's buffer."""
 
     tensor: Vector
 
 
 class Differences(NamedTuple):
-    """h+ - h- for directions first_k.., shape (directions, batch, *activation shape).
-
-    A reused buffer: what is kept must be copied before the next part is asked for.
-    """
+    """h+ - h- for directions first_k.., shape (directions, batch, *activation shape)."""
 
     first_k: int
     tensor: Vector
@@ -79,12 +76,14 @@ def zo_step(
 ) -> Iterator[Activation | Differences | None]:
     """Yield the Activation, then groups of Differences; None after each direction in between.
 
+    Tensors are reused buffers: what is kept must be copied before the next part is asked for.
+
     theta (d_c,), xs[input] (batch, *input shape); `origin` is the direction at k = 0.
     """
     now_s = clock.read_s()
     np.copyto(session.parameters, theta)
     now_s = clock.lap("perturb_s", now_s)
-    activation = session.forward(xs).copy()
+    activation = session.forward(xs)
     clock.lap("forward_s", now_s)
     yield Activation(activation)
     group = max(1, min(directions, GROUP_BYTES // max(1, activation.nbytes)))

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -368,3 +370,12 @@ def test_shard_whose_shape_differs_in_dimensions_of_one_fits(client, tmp_path):
 
 def test_every_file_error_is_an_input_error():
     assert all(issubclass(error, InputError) for error in (ShardError, BundleError, StateError))
+
+
+def test_the_peak_of_memory_is_the_programs_own_and_not_that_of_who_started_it():
+    """ru_maxrss would start at what this process holds."""
+    code = "from edge_client.memory import memory_bytes; print(*memory_bytes())"
+    ballast = np.ones(400 << 20, np.uint8)
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    now, peak = map(int, said.stdout.split())
+    assert now <= peak < ballast.nbytes // 2
