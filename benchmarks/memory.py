@@ -6,8 +6,8 @@ until it ends: fetch, start, rounds, replay and the last save are all in it. Par
 imports      peak of a process that imports what the device program does
 weights      weights.bin
 scratch      the perturbed copy of the weights, and 256 KiB of directions
-activations  1 + K frames kept until the commit, the input, h+ and h-, and what a plain ONNX Runtime
-             forward holds inside (measured in a process of its own, see plain_forward.py)
+activations  1 + K frames kept until the commit, the input, h+, h- and their difference, and what
+             a plain ONNX Runtime forward holds inside (plain_forward.py, a process of its own)
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _parts(case: Case) -> Parts:
         inside = int(_module("plain_forward", str(graph), str(case.batch), _commas(case)))
     weights = bundle.manifest.weights.size_bytes
     activation = 4 * case.batch * math.prod(bundle.manifest.activation.shape)
-    buffers = 4 * case.batch * math.prod(case.shape) + 2 * activation
+    buffers = 4 * case.batch * math.prod(case.shape) + 3 * activation
     frames = (1 + DIRECTIONS) * activation
     return Parts(weights, weights + (256 << 10), frames + buffers + inside)
 

@@ -212,11 +212,10 @@ class Agent:
 
     def _take_snapshot(self, fetch: BlobFetch) -> None:
         snapshot, trainer = self._snapshot, self._trainer
-        if snapshot is None or trainer is None:
-            return
-        if fetch.finish(as_octets(trainer.scratch)):
-            trainer.restore(trainer.scratch, snapshot.next_round)
-            self._work, self._sent = None, []
+        if snapshot is not None and trainer is not None:
+            whole = fetch.finish(as_octets(trainer.scratch))
+            if whole and trainer.restore(trainer.scratch, snapshot.next_round):
+                self._work, self._sent = None, []
         self._drop_fetch()
         self._ready()
 
