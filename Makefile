@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install emulate test check clean
+.PHONY: install emulate test bench check clean
 
 install: $(STAMP)
 
@@ -19,6 +19,9 @@ emulate: install
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

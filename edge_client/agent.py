@@ -12,19 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from edge_client.blobs import BlobFetch, BundleFetch
+from edge_client.bundle import Bundle, read_bundle
 from edge_client.errors import BundleError
+from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
 from edge_client.pacing import PacedSession
 from edge_client.session import ClientSession
 from edge_client.shard import Shard, check_shard
-from edge_client.state import SavedWeights, StateStore, read_bundle
+from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
-from wire_protocol.manifest import Bundle, assemble
 from wire_protocol.messages import (
     Chunk,
     Commit,
@@ -114,6 +113,7 @@ class Agent:
             while self._finished is None:
                 self._turn()
         finally:
+            self._drop_fetch()
             self._save(force=True)
         return self._finished.reason
 
@@ -189,7 +189,8 @@ class Agent:
         else:
             self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
             self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
-            self._request(BundleFetch(welcome.manifest_sha256, welcome.manifest_bytes))
+            digest, size_bytes = welcome.manifest_sha256, welcome.manifest_bytes
+            self._request(self._store.fetch_bundle(digest, size_bytes))
 
     def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
         """The server may be another start of it, which knows nothing of the open round."""
@@ -214,23 +215,24 @@ class Agent:
             self._take_snapshot(fetch)
 
     def _take_bundle(self, fetch: BundleFetch) -> None:
-        manifest, graph, weights = fetch.parts
-        bundle = assemble(manifest, graph, weights, "fetched bundle")
-        self._store.save_bundle(manifest, graph, weights)
+        bundle = read_bundle(fetch.folder)
         up, down = self._fetch_began
         self._bundle_bytes = (self._link.bytes_up - up, self._link.bytes_down - down)
         self._start(bundle)
 
     def _take_snapshot(self, fetch: BlobFetch) -> None:
-        data, snapshot, trainer = fetch.assemble(), self._snapshot, self._trainer
-        self._fetch = self._snapshot = None
-        if data is None or snapshot is None or trainer is None:
-            return
-        weights = np.frombuffer(data, np.uint8)
-        if len(weights) == trainer.theta.nbytes:
-            trainer.restore(weights.view("<f4"), snapshot.next_round)
-            self._work, self._sent = None, []
+        snapshot, trainer = self._snapshot, self._trainer
+        if snapshot is not None and trainer is not None:
+            whole = fetch.finish(as_octets(trainer.scratch))
+            if whole and trainer.restore(trainer.scratch, snapshot.next_round):
+                self._work, self._sent = None, []
+        self._drop_fetch()
         self._ready()
+
+    def _drop_fetch(self) -> None:
+        if self._fetch is not None:
+            self._fetch.discard()
+        self._fetch = self._snapshot = None
 
     def _request(self, fetch: BlobFetch | BundleFetch) -> None:
         self._fetch, self._fetched_s = fetch, time.monotonic()
@@ -246,7 +248,7 @@ class Agent:
         session = ClientSession(bundle, welcome.batch, self._settings.threads)
         paced = PacedSession(session, self._settings.speed, self._settings.delay_s)
         self._trainer = Trainer(welcome, paced, bundle, self._shard, time.monotonic)
-        saved = self._store.load_weights()
+        saved = self._store.load_weights(self._trainer.scratch)
         # Saved rounds that the server has lost count for nothing.
         if (
             saved is not None
@@ -272,7 +274,7 @@ class Agent:
                 and message.size_bytes == trainer.theta.nbytes
             ):
                 self._snapshot = message
-                self._request(BlobFetch(message.sha256, message.size_bytes))
+                self._request(self._store.fetch_snapshot(message.sha256, message.size_bytes))
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
             case Scalars() if message.round == trainer.next_round:
@@ -333,7 +335,8 @@ class Agent:
 
     def _forget_run(self) -> None:
         """Nothing of this run counts for the next one, its bytes included."""
-        self._welcome = self._trainer = self._work = self._fetch = self._snapshot = None
+        self._drop_fetch()
+        self._welcome = self._trainer = self._work = None
         self._sent = []
         self._acknowledged_round = self._mismatch_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
@@ -361,7 +364,7 @@ class Agent:
 
     def _repeat(self) -> None:
         if self._snapshot is not None:  # the server keeps few: ask for a fresh one
-            self._fetch = self._snapshot = None
+            self._drop_fetch()
         if self._fetch is not None:
             self._fetch.restart()
             self._request(self._fetch)

@@ -1,31 +1,54 @@
-"""Fetching blobs by their digests, in chunks, with a window of requests: pure bookkeeping."""
+"""Fetching blobs by their digests, in chunks, with a window of requests, straight to disk.
+
+A chunk is written where it belongs when it comes: memory does not grow with the blob. The digest
+is checked over the file before anything uses it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Final
 
-from wire_protocol.manifest import parse_manifest, sha256
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.files import read_hashed, rename, sync, unwritable
+from wire_protocol.manifest import (
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    Blob,
+    parse_manifest,
+)
 from wire_protocol.messages import CHUNK_BYTES, Chunk, Fetch
 
 # Chunks asked for at once: 512 KiB in flight.
 WINDOW: Final = 16
+_NOTHING: Final = np.empty(0, np.uint8)
 
 
 class BlobFetch:
-    """Collects one blob. `next_request` says what to ask for, `take` stores what came."""
+    """Collects one blob in the file `path`. Every method raises StateError when the disk fails.
 
-    def __init__(self, digest: str, size_bytes: int) -> None:
+    `next_request` says what to ask for, `take` stores what came, `finish` checks it.
+    """
+
+    def __init__(self, digest: str, size_bytes: int, path: Path) -> None:
         self.digest = digest
         self.size_bytes = size_bytes
-        self._chunks: dict[int, bytes] = {}
+        self.path = path
         self._count = -(-size_bytes // CHUNK_BYTES)
-        self._missing = 0  # every chunk before this one is here
-        self._asked_until = 0
+        self._forget()
+        try:
+            self._file = path.open("w+b")
+        except OSError as error:
+            raise unwritable(path, error) from error
 
     @property
     def complete(self) -> bool:
         """True when every chunk is here."""
-        return len(self._chunks) == self._count
+        return self._missing == self._count
 
     def restart(self) -> None:
         """Nothing came for a while: ask again from the first missing chunk."""
@@ -40,38 +63,65 @@ class BlobFetch:
         return Fetch(self.digest, self._missing, count)
 
     def take(self, chunk: Chunk) -> bool:
-        """Store a chunk of this blob; False when it is another's, a repeat, or of a wrong size."""
+        """Store a chunk that was asked for; False when it is not, a repeat, or of a wrong size."""
         index, data = chunk.index, chunk.data
-        if chunk.digest != self.digest or not 0 <= index < self._count or index in self._chunks:
+        expected = self._missing <= index < self._asked_until and index not in self._ahead
+        if chunk.digest != self.digest or not expected:
             return False
         if len(data) != min(CHUNK_BYTES, self.size_bytes - index * CHUNK_BYTES):
             return False
-        self._chunks[index] = data
-        while self._missing in self._chunks:
+        try:
+            self._file.seek(index * CHUNK_BYTES)
+            self._file.write(data)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        self._ahead.add(index)
+        while self._missing in self._ahead:
+            self._ahead.remove(self._missing)
             self._missing += 1
         return True
 
-    def assemble(self) -> bytes | None:
-        """The blob, or None (and everything forgotten) when its digest is wrong."""
-        data = b"".join(self._chunks[i] for i in range(self._count))
-        if sha256(data) == self.digest:
-            return data
-        self._chunks.clear()
-        self._missing = self._asked_until = 0
-        return None
+    def finish(self, into: NDArray[np.uint8] = _NOTHING) -> bool:
+        """Check the complete blob, sync it, and fill `into` with its first bytes.
+
+        False, and everything is to be fetched anew, when its digest is wrong.
+        """
+        try:
+            self._file.seek(0)
+            if read_hashed(self._file, into) != self.digest:
+                self._forget()
+                return False
+            sync(self._file)
+            self._file.close()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        return True
+
+    def discard(self) -> None:
+        """Give up: the file goes away."""
+        with contextlib.suppress(OSError):  # what could not be written is not wanted any more
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _forget(self) -> None:
+        self._missing = 0  # every chunk before this one is here
+        self._asked_until = 0
+        self._ahead: set[int] = set()  # those of the window that came before a missing one
 
 
 class BundleFetch:
-    """Collects a client bundle: the manifest, then the graph and the weights that it names."""
+    """Collects a client bundle: the manifest, then the graph and the weights that it names.
 
-    def __init__(self, manifest_sha256: str, manifest_bytes: int) -> None:
-        self.parts: list[bytes] = []
-        self._blob = BlobFetch(manifest_sha256, manifest_bytes)
+    The folder counts as a bundle when the manifest gets its name, last of all.
+    """
 
-    @property
-    def complete(self) -> bool:
-        """True when manifest, graph and weights are here."""
-        return len(self.parts) == 3
+    def __init__(self, manifest_sha256: str, manifest_bytes: int, folder: Path) -> None:
+        self.folder = folder
+        self.complete = False
+        self._manifest = self._open(Blob(manifest_sha256, manifest_bytes), MANIFEST_FILE)
+        self._blob = self._manifest
+        self._rest: list[tuple[Blob, str]] = []
 
     def restart(self) -> None:
         """Nothing came for a while: ask again from the first missing chunk."""
@@ -82,14 +132,38 @@ class BundleFetch:
         return None if self.complete else self._blob.next_request()
 
     def take(self, chunk: Chunk) -> bool:
-        """Store a chunk; False when it is of no use. Raises InputError for a bad manifest."""
+        """Store a chunk; False when it is of no use.
+
+        Raises InputError for a bad manifest, StateError when the disk fails.
+        """
         if self.complete or not self._blob.take(chunk):
             return False
-        data = self._blob.assemble() if self._blob.complete else None
-        if data is not None:
-            self.parts.append(data)
-            if not self.complete:
-                manifest = parse_manifest(self.parts[0], "fetched manifest")
-                blob = manifest.graph if len(self.parts) == 1 else manifest.weights
-                self._blob = BlobFetch(blob.sha256, blob.size_bytes)
+        if self._blob.complete and self._blob.finish():
+            self._turn_over()
         return True
+
+    def discard(self) -> None:
+        """Give up; what was fetched whole stays until the folder is used again."""
+        if not self.complete:
+            self._blob.discard()
+
+    def _turn_over(self) -> None:
+        """A blob is here and checked: go on to the next."""
+        path = self._blob.path
+        try:
+            if self._blob is self._manifest:
+                manifest = parse_manifest(path.read_bytes(), "fetched manifest")
+                self._rest = [(manifest.graph, GRAPH_FILE), (manifest.weights, WEIGHTS_FILE)]
+            else:
+                rename(path, path.with_suffix(""))
+            if not self._rest:
+                manifest_path = self._manifest.path
+                rename(manifest_path, manifest_path.with_suffix(""))
+                self.complete = True
+        except OSError as error:
+            raise unwritable(path, error) from error
+        if self._rest:
+            self._blob = self._open(*self._rest.pop(0))
+
+    def _open(self, blob: Blob, name: str) -> BlobFetch:
+        return BlobFetch(blob.sha256, blob.size_bytes, self.folder / f"{name}.new")

@@ -32,8 +32,9 @@ class PacedSession:
 
     def forward(self, xs: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
         """As the session's, then the padding."""
+        if not self._pad:
+            return self._session.forward(xs)
         begin_s = time.thread_time()
         result = self._session.forward(xs)
-        if self._pad:
-            time.sleep((time.thread_time() - begin_s) * self._pad)
+        time.sleep((time.thread_time() - begin_s) * self._pad)
         return result

@@ -2,15 +2,16 @@
 
 weights.state  magic, SHA-256 of the rest, run id, next round, then d_c float32; written to a
                temporary file, synced and renamed, so a power cut leaves the old one
+snapshot.new   a snapshot of the weights while it is fetched
 bundles/       one folder per bundle digest
 lock           held while a device program runs, so that no two share a state folder
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
 import struct
 from pathlib import Path
@@ -19,16 +20,10 @@ from typing import IO, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.blobs import BlobFetch, BundleFetch
+from edge_client.bundle import Bundle, read_bundle
 from edge_client.errors import BundleError, StateError
-from wire_protocol.errors import InputError
-from wire_protocol.manifest import (
-    GRAPH_FILE,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    Bundle,
-    assemble,
-    sha256,
-)
+from edge_client.files import as_octets, replacing
 
 _MAGIC: Final = b"MUSD\x01\0\0\0"
 _FIELDS: Final = struct.Struct("<QQ")
@@ -68,25 +63,26 @@ class StateStore:
         """Release the folder."""
         self._lock.close()
 
-    def load_weights(self) -> SavedWeights | None:
-        """The last saved weights, or None when there are none or they are damaged."""
-        try:
-            data = (self.folder / "weights.state").read_bytes()
-        except OSError:
-            return None
-        start = len(_MAGIC) + _DIGEST_BYTES
-        body = data[start:]
-        intact = data[: len(_MAGIC)] == _MAGIC and len(body) >= _FIELDS.size
-        if not intact or hashlib.sha256(body).digest() != data[len(_MAGIC) : start]:
-            return None
-        run, next_round = _FIELDS.unpack_from(body)
-        weights = np.frombuffer(body, "<f4", offset=_FIELDS.size).astype(np.float32)
-        return SavedWeights(run, next_round, weights)
+    def load_weights(self, into: NDArray[np.float32]) -> SavedWeights | None:
+        """The last saved weights, read into the buffer `into` (d_c,), which they become.
+
+        None when there are none, of another number, or damaged: `into` holds anything then.
+        """
+        with contextlib.suppress(OSError), (self.folder / "weights.state").open("rb") as file:
+            head = file.read(len(_MAGIC) + _DIGEST_BYTES)
+            fields = file.read(_FIELDS.size)
+            whole = file.readinto(as_octets(into).data) == into.nbytes and not file.read(1)
+            if whole and head == _MAGIC + _digest(fields, into):
+                run, next_round = _FIELDS.unpack(fields)
+                return SavedWeights(run, next_round, into)
+        return None
 
     def save_weights(self, saved: SavedWeights) -> None:
         """Replace the saved weights atomically. Raises StateError."""
-        body = _FIELDS.pack(saved.run, saved.next_round) + saved.weights.astype("<f4").tobytes()
-        self._replace(self.folder / "weights.state", _MAGIC + hashlib.sha256(body).digest() + body)
+        fields = _FIELDS.pack(saved.run, saved.next_round)
+        with replacing(self.folder / "weights.state") as file:
+            file.write(_MAGIC + _digest(fields, saved.weights) + fields)
+            file.write(as_octets(saved.weights).data)
 
     def load_bundle(self, digest: str) -> Bundle | None:
         """A fetched bundle, or None when it is not here or damaged."""
@@ -95,50 +91,28 @@ class StateStore:
             return None
         try:
             bundle = read_bundle(folder)
-        except InputError:
+        except BundleError:
             return None
         return bundle if bundle.digest == digest else None
 
-    def save_bundle(self, manifest: bytes, graph: bytes, weights: bytes) -> None:
-        """Keep a fetched bundle; the manifest is written last. Raises StateError."""
-        folder = self.folder / "bundles" / sha256(manifest)
+    def fetch_bundle(self, digest: str, manifest_bytes: int) -> BundleFetch:
+        """Begin to fetch a bundle; of those fetched before, the latest stay. Raises StateError."""
+        folder = self.folder / "bundles" / digest
+        kept = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in kept[: 1 - _BUNDLES_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StateError(f"{folder}: cannot be made ({error.strerror})") from error
-        self._replace(folder / GRAPH_FILE, graph)
-        self._replace(folder / WEIGHTS_FILE, weights)
-        self._replace(folder / MANIFEST_FILE, manifest)
-        kept = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-        for old in kept[:-_BUNDLES_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        return BundleFetch(digest, manifest_bytes, folder)
 
-    def _replace(self, path: Path, data: bytes) -> None:
-        temporary = path.with_suffix(".new")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            raise StateError(
-                f"{path}: cannot be written ({error.strerror}); free space or give --state DIR"
-            ) from error
+    def fetch_snapshot(self, digest: str, size_bytes: int) -> BlobFetch:
+        """Begin to fetch a snapshot of the weights. Raises StateError."""
+        return BlobFetch(digest, size_bytes, self.folder / "snapshot.new")
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """Read and check a bundle folder. Raises BundleError."""
-    parts: list[bytes] = []
-    for name in (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE):
-        try:
-            parts.append((folder / name).read_bytes())
-        except OSError as error:
-            raise BundleError(
-                f"{folder / name}: cannot be read ({error.strerror}); a client bundle holds "
-                f"{MANIFEST_FILE}, {GRAPH_FILE} and {WEIGHTS_FILE}"
-            ) from error
-    try:
-        return assemble(parts[0], parts[1], parts[2], str(folder))
-    except InputError as error:
-        raise BundleError(str(error)) from error
+def _digest(fields: bytes, weights: NDArray[np.float32]) -> bytes:
+    digest = hashlib.sha256(fields)
+    digest.update(as_octets(weights).data)
+    return digest.digest()

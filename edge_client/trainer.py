@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.bundle import Bundle
 from edge_client.pacing import PacedSession
 from edge_client.shard import Shard
 from edge_client.zo_step import Activation, PhaseClock, zo_step
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
 from wire_protocol.estimator import apply_terms, client_terms
 from wire_protocol.frames import Frame, FrameKind, encode_frame
-from wire_protocol.manifest import Bundle, prepare_inputs, sha256
+from wire_protocol.manifest import prepare_inputs, sha256
 from wire_protocol.messages import Commit, Report, Welcome
 
 _NO_LABELS = np.empty(0, np.uint32)
@@ -76,7 +77,7 @@ class Trainer:
         """Replay the commit of `next_round`; returns the seconds it took.
 
         When the commit names a digest that the weights do not have, they start over from the
-        bundle: `next_round` is 0 then, and the caller asks for what is missing.
+        bundle: `next_round` is 0 then, and the caller asks for what is missing. Raises BundleError.
         """
         begin_s = self._read_clock_s()
         terms = client_terms(self.welcome.run_seed, self.welcome.lam, commit)
@@ -88,8 +89,13 @@ class Trainer:
 
     def start_over(self) -> None:
         """Back to the bundle's weights and round 0."""
-        self.theta = self._bundle.initial_parameters()
+        self._bundle.read_weights(self.theta.view(np.uint8))
         self.next_round = 0
+
+    @property
+    def scratch(self) -> NDArray[np.float32]:
+        """A buffer (d_c,) that is free between rounds: what is read there can be restored."""
+        return self._session.parameters
 
     def restore(self, weights: NDArray[np.float32], next_round: int) -> bool:
         """Take saved weights or a snapshot; False when their number is not this model's."""

@@ -23,7 +23,10 @@ Vector = NDArray[np.float32]
 
 
 class Forward(Protocol):
-    """The client half: `parameters` is read by `forward`, whose result is a reused buffer."""
+    """The client half: `parameters` is read by `forward`.
+
+    A result is one of two reused buffers: it outlives the next call, not the one after.
+    """
 
     parameters: Vector
 
@@ -33,7 +36,7 @@ class Forward(Protocol):
 
 
 class Activation(NamedTuple):
-    """h (batch, *activation shape) at the unperturbed weights."""
+    """h (batch, *activation shape) at the unperturbed weights: the session's buffer."""
 
     tensor: Vector
 
@@ -73,29 +76,44 @@ def zo_step(
 ) -> Iterator[Activation | Differences | None]:
     """Yield the Activation, then groups of Differences; None after each direction in between.
 
+    Tensors are reused buffers: what is kept must be copied before the next part is asked for.
+
     theta (d_c,), xs[input] (batch, *input shape); `origin` is the direction at k = 0.
     """
     now_s = clock.read_s()
     np.copyto(session.parameters, theta)
     now_s = clock.lap("perturb_s", now_s)
-    activation = session.forward(xs).copy()
+    activation = session.forward(xs)
     clock.lap("forward_s", now_s)
     yield Activation(activation)
     group = max(1, min(directions, GROUP_BYTES // max(1, activation.nbytes)))
+    differences = np.empty((group, *activation.shape), np.float32)
     for first_k in range(0, directions, group):
         count = min(group, directions - first_k)
-        differences = np.empty((count, *activation.shape), np.float32)
         for row in range(count):
-            direction = origin._replace(k=first_k + row)
-            now_s = clock.read_s()
-            generator.add_scaled(direction, lam, theta, session.parameters)
-            now_s = clock.lap("perturb_s", now_s)
-            np.copyto(differences[row], session.forward(xs))
-            now_s = clock.lap("forward_s", now_s)
-            generator.add_scaled(direction, -lam, theta, session.parameters)
-            now_s = clock.lap("perturb_s", now_s)
-            np.subtract(differences[row], session.forward(xs), out=differences[row])
-            clock.lap("forward_s", now_s)
+            direction = DirectionId(*origin[:-1], first_k + row)
+            _difference(session, theta, xs, direction, lam, generator, clock, differences[row])
             if row + 1 < count:
                 yield None
-        yield Differences(first_k, differences)
+        yield Differences(first_k, differences[:count])
+
+
+def _difference(
+    session: Forward, theta: Vector, xs: Sequence[NDArray[Any]], direction: DirectionId,
+    lam: float, generator: DirectionGenerator, clock: PhaseClock, out: Vector,
+) -> None:  # fmt: skip
+    """Out = f(theta + lam u) - f(theta - lam u); the signs of u are drawn once for both."""
+    begin_s = clock.read_s()
+    octets = generator.signs_packed(direction, theta.shape[0])
+    generator.add_packed(octets, lam, theta, session.parameters)
+    plus_s = clock.read_s()
+    plus = session.forward(xs)
+    turn_s = clock.read_s()
+    generator.add_packed(octets, -lam, theta, session.parameters)
+    minus_s = clock.read_s()
+    minus = session.forward(xs)
+    assert minus is not plus  # see Forward
+    np.subtract(plus, minus, out=out)
+    end_s = clock.read_s()
+    clock.perturb_s += plus_s - begin_s + minus_s - turn_s
+    clock.forward_s += turn_s - plus_s + end_s - minus_s

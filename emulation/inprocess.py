@@ -10,6 +10,7 @@ import time
 from collections import deque
 from pathlib import Path
 
+from edge_client.bundle import read_bundle
 from edge_client.pacing import PacedSession
 from edge_client.session import ClientSession
 from edge_client.shard import Shard
@@ -22,7 +23,6 @@ from server_node.resume import History
 from server_node.run import Run
 from wire_protocol.directions import directions_digest
 from wire_protocol.frames import decode_frame
-from wire_protocol.manifest import Bundle, assemble
 from wire_protocol.messages import Commit, DownMessage, Round, Welcome
 
 
@@ -30,8 +30,7 @@ class InProcessFleet:
     """Devices as objects; an Outbox for the run. `shuffle` mixes the order of arrival."""
 
     def __init__(self, experiment: Experiment, shuffle: random.Random | None = None) -> None:
-        manifest, graph, weights = experiment.blobs
-        self._bundle: Bundle = assemble(manifest, graph, weights, "experiment")
+        self._bundle = read_bundle(experiment.exported.client)
         self._experiment = experiment
         self._shards = make_shards(experiment.config)
         self._shuffle = shuffle
@@ -89,7 +88,8 @@ class InProcessFleet:
         config = run.config
         welcome = Welcome(
             run=run.header.run, run_seed=config.run.seed, epoch=0, device=index,
-            manifest_sha256=self._bundle.digest, manifest_bytes=len(self._experiment.blobs[0]),
+            manifest_sha256=self._bundle.digest,
+            manifest_bytes=len(self._experiment.client.manifest_data),
             directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
             batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
             encoding=config.wire.encoding, compression=config.wire.compression,

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
+from export.client_half import ClientHalf
 from export.cuts import Half, Halves
 from export.errors import HalfError, ParityError
 from export.exporter import fill_half, load_halves, load_model
 from export.graph import MAX_RELATIVE_ERROR, ort_session, relative_error, to_onnx
 from export.inputs import TORCH_DTYPES, draw
 from export.tracing import plain_attention
-from wire_protocol.manifest import Bundle, InputSpec, prepare_inputs, sha256
+from wire_protocol.manifest import InputSpec, prepare_inputs, sha256
 
 ONNX_FILE: Final = "model.onnx"
 STATE_FILE: Final = "model.safetensors"
@@ -60,7 +61,7 @@ class RawModel(nn.Module):
 
 
 def whole_state(
-    server: Path, bundle: Bundle, client_weights: Vector, server_weights: Vector
+    server: Path, bundle: ClientHalf, client_weights: Vector, server_weights: Vector
 ) -> dict[str, torch.Tensor]:
     """The trained model's tensors by their own names, from both flat vectors (d_c,) and (d_s,).
 
@@ -71,7 +72,7 @@ def whole_state(
 
 
 def export_trained(
-    server: Path, bundle: Bundle, client_weights: Vector, server_weights: Vector, out: Path
+    server: Path, bundle: ClientHalf, client_weights: Vector, server_weights: Vector, out: Path
 ) -> Trained:
     """Write OUT/model.onnx, model.safetensors and model.json; arguments as of `whole_state`.
 
@@ -105,7 +106,9 @@ def export_trained(
     return result
 
 
-def _filled(server: Path, bundle: Bundle, client_weights: Vector, server_weights: Vector) -> Halves:
+def _filled(
+    server: Path, bundle: ClientHalf, client_weights: Vector, server_weights: Vector
+) -> Halves:
     halves = load_halves(server)
     fill_half(halves.client, bundle.weights)
     for half, weights in ((halves.client, client_weights), (halves.server, server_weights)):

@@ -62,7 +62,7 @@ class Node:
         self._experiment, self._link, self._notify = experiment, link, notify
         self._topics = Topics(experiment.config.run.fleet)
         self._fleet = Fleet(experiment.config.devices.count, known)
-        self._blobs = BlobShelf(experiment.blobs)
+        self._blobs = BlobShelf(experiment.client.blobs)
         self._run: Run | None = None
         self._refusals_said = (0.0, 0)  # the second, and how many in it
         self._ending = False
@@ -302,7 +302,7 @@ class Node:
             Welcome(
                 run=run.header.run, run_seed=config.run.seed, epoch=member.epoch,
                 device=member.index, manifest_sha256=self._experiment.exported.digest,
-                manifest_bytes=len(self._experiment.manifest_bytes),
+                manifest_bytes=len(self._experiment.client.manifest_data),
                 directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
                 batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
                 encoding=config.wire.encoding, compression=config.wire.compression,

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.client_half import ClientHalf, read_client_half
 from export.cuts import Halves
+from export.errors import HalfError
 from export.exporter import (
     CLIENT_FOLDER,
     SERVER_FOLDER,
@@ -35,12 +37,9 @@ from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
 from server_node.samples import Dataset
 from server_node.transform import check_fit, declare, explained
-from wire_protocol.errors import InputError
-from wire_protocol.manifest import GRAPH_FILE, MANIFEST_FILE, WEIGHTS_FILE, assemble
 
 CONFIG_FILE = "config.toml"
 CONTROL_FOLDER = "control"
-_BUNDLE_FILES = (MANIFEST_FILE, GRAPH_FILE, WEIGHTS_FILE)
 
 
 class Experiment(NamedTuple):
@@ -52,20 +51,9 @@ class Experiment(NamedTuple):
     evaluator: Evaluator
     server_weights: NDArray[np.float32]
     server_weights_sha256: str
-    blobs: list[bytes]  # manifest, graph, weights of the client bundle
+    client: ClientHalf
     class_names: tuple[str, ...]  # by class number; empty: the data has only numbers
     data_notes: tuple[str, ...]  # what was made of the data's source
-
-    @property
-    def manifest_bytes(self) -> bytes:
-        """The client bundle's manifest as written."""
-        return self.blobs[0]
-
-    @property
-    def client_weights(self) -> NDArray[np.float32]:
-        """The initial weights of the client half (d_c,), in a new array."""
-        parameters = self.exported.manifest.parameters
-        return np.frombuffer(self.blobs[2], "<f4", parameters).astype(np.float32)
 
 
 def prepare(config: Config, folder: Path, past: Past | None = None) -> Experiment:
@@ -84,13 +72,13 @@ def prepare(config: Config, folder: Path, past: Past | None = None) -> Experimen
     if exported is None:
         exported = _export(config, data, folder)
     server_manifest, server_weights = read_server_half(exported.server)
-    blobs = [(exported.client / name).read_bytes() for name in _BUNDLE_FILES]
     if past is not None:
         check_identity(past, config.sha256(), exported.digest, server_manifest.weights.sha256)
     evaluator = Evaluator(exported.halves.client, exported.manifest, data)
     return Experiment(
         config, folder, exported, evaluator, server_weights,
-        server_manifest.weights.sha256, blobs, data.class_names, data.notes,
+        server_manifest.weights.sha256, read_client_half(exported.client), data.class_names,
+        data.notes,
     )  # fmt: skip
 
 
@@ -125,7 +113,8 @@ def open_run(
         ledger = Ledger.begin(folder, header, devices)
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator,
-        experiment.client_weights, experiment.server_weights, ledger, outbox, notify, history,
+        experiment.client.initial_parameters(), experiment.server_weights, ledger, outbox, notify,
+        history,
     )  # fmt: skip
 
 
@@ -175,16 +164,15 @@ def _kept_export(folder: Path, header: Header) -> Export | None:
     """The halves in a run folder when they are whole and those of the journal, otherwise None."""
     client, server = folder / CLIENT_FOLDER, folder / SERVER_FOLDER
     try:
-        manifest_data, graph, weights = ((client / name).read_bytes() for name in _BUNDLE_FILES)
-        bundle = assemble(manifest_data, graph, weights, str(client))
+        bundle = read_client_half(client)
         manifest, _ = read_server_half(server)
-    except (OSError, InputError):
+    except HalfError:
         return None
     have = bundle.digest, manifest.weights.sha256
     if have != (header.manifest_sha256, header.server_weights_sha256):
         return None
     halves = load_halves(server)
-    fill_half(halves.client, weights)
+    fill_half(halves.client, bundle.weights)
     return Export(
         client, server, bundle.digest, bundle.manifest, manifest.parameters, halves, []
     )  # fmt: skip

@@ -123,7 +123,7 @@ def _rebuild(experiment: Experiment, past: Past | None, notify: Notify) -> Histo
     config = control_config(experiment.config) if frozen else experiment.config
     digests = experiment.exported.digest, experiment.server_weights_sha256
     check_identity(past, config.sha256(), *digests)
-    history = rebuild(past, experiment.client_weights, experiment.server_weights)
+    history = rebuild(past, experiment.client.initial_parameters(), experiment.server_weights)
     began, here = past.header.environment, environment()
     changed = [f"{k} {began.get(k)} -> {v}" for k, v in here.items() if began.get(k) != v]
     if changed:

@@ -1,17 +1,23 @@
 """Files of a device: saved weights, shards, bundles. Damage is told, and never taken for data."""
 
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 
+from edge_client.bundle import read_bundle
 from edge_client.errors import BundleError, ShardError, StateError
+from edge_client.session import ClientSession
 from edge_client.shard import Shard, check_shard, load_shard
-from edge_client.state import SavedWeights, StateStore, read_bundle
+from edge_client.state import SavedWeights, StateStore
 from export.exporter import export_model
 from wire_protocol.errors import InputError
-from wire_protocol.manifest import parse_manifest
+from wire_protocol.manifest import parse_manifest, sha256
+from wire_protocol.messages import CHUNK_BYTES, Chunk
 
 SAVED = SavedWeights((1 << 63) - 1, 12, np.linspace(-1, 1, 50, dtype=np.float32))
 
@@ -31,10 +37,14 @@ def client(tmp_path_factory):
 # -- saved weights
 
 
+def load(store):
+    return store.load_weights(np.empty_like(SAVED.weights))
+
+
 def test_weights_are_read_back_as_saved(store):
-    assert store.load_weights() is None
+    assert load(store) is None
     store.save_weights(SAVED)
-    run, next_round, weights = store.load_weights()
+    run, next_round, weights = load(store)
     assert (run, next_round) == SAVED[:2]
     assert weights.tobytes() == SAVED.weights.tobytes()
 
@@ -42,7 +52,7 @@ def test_weights_are_read_back_as_saved(store):
 def test_a_later_save_replaces_the_earlier_and_leaves_no_other_file(store):
     store.save_weights(SAVED)
     store.save_weights(SAVED._replace(next_round=13))
-    assert store.load_weights().next_round == 13
+    assert load(store).next_round == 13
     assert sorted(p.name for p in store.folder.iterdir()) == ["bundles", "lock", "weights.state"]
 
 
@@ -56,7 +66,7 @@ def test_a_save_that_is_cut_off_keeps_the_old_weights(store, monkeypatch):
     monkeypatch.setattr("os.fsync", no_power)
     with pytest.raises(StateError, match="power cut"):
         store.save_weights(SAVED._replace(next_round=13))
-    assert store.load_weights().next_round == 12
+    assert load(store).next_round == 12
 
 
 def test_weights_truncated_at_any_byte_are_no_weights(store):
@@ -65,9 +75,15 @@ def test_weights_truncated_at_any_byte_are_no_weights(store):
     data = path.read_bytes()
     for size in range(len(data)):
         path.write_bytes(data[:size])
-        assert store.load_weights() is None, size
+        assert load(store) is None, size
     path.write_bytes(data + b"\0")
-    assert store.load_weights() is None
+    assert load(store) is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 49, 51])
+def test_weights_of_another_number_are_no_weights(store, count):
+    store.save_weights(SAVED)
+    assert store.load_weights(np.empty(count, np.float32)) is None
 
 
 def test_weights_with_any_byte_altered_are_no_weights(store):
@@ -76,7 +92,7 @@ def test_weights_with_any_byte_altered_are_no_weights(store):
     data = path.read_bytes()
     for position in range(len(data)):
         path.write_bytes(data[:position] + bytes([data[position] ^ 0x10]) + data[position + 1 :])
-        assert store.load_weights() is None, position
+        assert load(store) is None, position
 
 
 def test_a_folder_serves_one_program_at_a_time(store):
@@ -95,36 +111,105 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 # -- fetched bundles
 
 
-def bundle_parts(client):
-    return [(client / n).read_bytes() for n in ("manifest.json", "client.onnx", "weights.bin")]
+NAMES = ("manifest.json", "client.onnx", "weights.bin")
+
+
+def begin(store, client):
+    digest = read_bundle(client).digest
+    return store.fetch_bundle(digest, (client / "manifest.json").stat().st_size)
+
+
+def answer(fetch, blobs, stop=10**9):
+    """Answer requests until the bundle, or `stop` chunks, are there."""
+    while stop > 0 and (request := fetch.next_request()) is not None:
+        for index in range(request.first, min(request.first + request.count, stop)):
+            data = blobs[request.digest][index * CHUNK_BYTES :][:CHUNK_BYTES]
+            assert fetch.take(Chunk(request.digest, index, data))
+            stop -= 1
+
+
+def blobs(client):
+    return {sha256(data): data for data in ((client / name).read_bytes() for name in NAMES)}
+
+
+def fetched(store, client):
+    fetch = begin(store, client)
+    answer(fetch, blobs(client))
+    assert fetch.complete
+    return store.load_bundle(read_bundle(client).digest)
 
 
 def test_a_fetched_bundle_is_kept_under_its_digest(store, client):
-    store.save_bundle(*bundle_parts(client))
-    assert store.load_bundle(read_bundle(client).digest) == read_bundle(client)
+    bundle = fetched(store, client)
+    assert bundle.digest == read_bundle(client).digest
+    assert sorted(path.name for path in bundle.folder.iterdir()) == sorted(NAMES)
+    assert all((bundle.folder / n).read_bytes() == (client / n).read_bytes() for n in NAMES)
     assert store.load_bundle("0" * 64) is None
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "client.onnx", "weights.bin"])
+def test_only_the_latest_bundles_are_kept(store, client):
+    for number in range(5):
+        folder = store.folder / "bundles" / f"{number}"
+        folder.mkdir()
+        os.utime(folder, (number, number))
+    fetched(store, client)
+    names = {path.name for path in (store.folder / "bundles").iterdir()}
+    assert names == {"3", "4", read_bundle(client).digest}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_a_bundle_that_is_not_whole_is_no_bundle_and_is_fetched_again(store, client, stop):
+    """The program dies after the manifest, or after the graph."""
+    fetch = begin(store, client)
+    answer(fetch, blobs(client), stop)
+    fetch.discard()
+    assert store.load_bundle(read_bundle(client).digest) is None
+    assert fetched(store, client) is not None
+
+
+def test_a_bundle_whose_disk_is_full_is_a_state_error(store, client, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    fetch = begin(store, client)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StateError, match="No space left"):
+        answer(fetch, blobs(client))
+    fetch.discard()
+    assert store.load_bundle(read_bundle(client).digest) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_fetched_bundle_that_was_damaged_since_is_not_used(store, client, name):
-    digest = read_bundle(client).digest
-    store.save_bundle(*bundle_parts(client))
-    path = store.folder / "bundles" / digest / name
+    path = fetched(store, client).folder / name
     path.write_bytes(path.read_bytes()[:-1])
-    assert store.load_bundle(digest) is None
+    assert store.load_bundle(read_bundle(client).digest) is None
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-4], lambda data: b"\1" + data[1:]])
+def test_weights_that_change_after_the_check_are_not_used(client, tmp_path, change):
+    folder = tmp_path / "bundle"
+    shutil.copytree(client, folder)
+    bundle = read_bundle(folder)
+    assert bundle.initial_parameters().tobytes() == (client / "weights.bin").read_bytes()
+    path = folder / "weights.bin"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(BundleError, match=r"weights\.bin: changed"):
+        bundle.initial_parameters()
+    path.unlink()
+    with pytest.raises(BundleError, match=r"weights\.bin: cannot be read"):
+        ClientSession(bundle, 1, 1)
 
 
 def test_another_valid_bundle_under_that_digest_is_not_used(store, client):
-    store.save_bundle(*bundle_parts(client))
-    digest = read_bundle(client).digest
-    shutil.move(store.folder / "bundles" / digest, store.folder / "bundles" / ("1" * 64))
+    shutil.move(fetched(store, client).folder, store.folder / "bundles" / ("1" * 64))
     assert store.load_bundle("1" * 64) is None
 
 
 def test_a_bundle_that_cannot_be_kept_is_a_state_error(store, client):
     (store.folder / "bundles" / read_bundle(client).digest).write_text("in the way")
     with pytest.raises(StateError):
-        store.save_bundle(*bundle_parts(client))
+        begin(store, client)
 
 
 DAMAGE = {
@@ -136,7 +221,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("change", ["missing", *DAMAGE])
-@pytest.mark.parametrize("name", ["manifest.json", "client.onnx", "weights.bin"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_bundle_is_refused_by_file_in_one_line(client, tmp_path, name, change):
     folder = tmp_path / "bundle"
     shutil.copytree(client, folder)
@@ -285,3 +370,12 @@ def test_shard_whose_shape_differs_in_dimensions_of_one_fits(client, tmp_path):
 
 def test_every_file_error_is_an_input_error():
     assert all(issubclass(error, InputError) for error in (ShardError, BundleError, StateError))
+
+
+def test_the_peak_of_memory_is_the_programs_own_and_not_that_of_who_started_it():
+    """ru_maxrss would start at what this process holds."""
+    code = "from edge_client.memory import memory_bytes; print(*memory_bytes())"
+    ballast = np.ones(400 << 20, np.uint8)
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    now, peak = map(int, said.stdout.split())
+    assert now <= peak < ballast.nbytes // 2

@@ -11,10 +11,11 @@ from core_support import play, tiny_config
 from own_models import SHAPES, write_data, write_model
 from safetensors.torch import load_file, save, save_file
 
+from edge_client.bundle import read_bundle
 from edge_client.errors import ShardError
 from edge_client.session import ClientSession
 from edge_client.shard import check_shard, load_shard
-from edge_client.state import read_bundle
+from export.client_half import read_client_half
 from export.errors import ModelError
 from export.exporter import export_model, load_halves
 from export.inputs import SampleArray
@@ -49,7 +50,7 @@ class Trained:
         )
         self.experiment = prepare(config, folder / "run")
         self.run = play(self.experiment, folder / "played")
-        self.bundle = read_bundle(folder / "run" / "client")
+        self.bundle = read_client_half(folder / "run" / "client")
         self.server = folder / "run" / "server"
         self.out = export_trained(
             self.server, self.bundle, self.run.client, self.run.server, folder / "out"
@@ -81,7 +82,7 @@ def test_model_is_trained_and_proved_by_changing_the_configuration_only(trained)
 def test_the_devices_graph_computes_the_client_half(trained):
     xs, _, specs = trained.test_set()
     prepared = prepare_inputs([x[:5] for x in xs], specs)
-    session = ClientSession(trained.bundle, 5, threads=1)
+    session = ClientSession(read_bundle(trained.folder / "run" / "client"), 5, threads=1)
     halves = load_halves(trained.server)
     want = load_file(trained.out.state)
     state = {own: want[name] for own, name in halves.client.parameter_names.items()}
@@ -131,7 +132,7 @@ def test_another_run_may_start_from_the_trained_weights(tmp_path):
         source, "body.2", tmp_path, seed=0, input_shape=["1,6,6"],
         weights=tmp_path / "w.safetensors",
     )  # fmt: skip
-    bundle, (manifest, server) = read_bundle(export.client), read_server_half(export.server)
+    bundle, (manifest, server) = read_client_half(export.client), read_server_half(export.server)
     assert manifest.start_weights_sha256 == sha256((tmp_path / "w.safetensors").read_bytes())
     state = whole_state(export.server, bundle, bundle.initial_parameters(), server)
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())

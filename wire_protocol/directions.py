@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from enum import IntEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 SIGNS_PER_BLOCK: Final = 256
 _WORDS_PER_BLOCK: Final = 4
 # 64 Ki signs: the 256 KiB float32 scratch stays in a board's L2 cache.
-_CHUNK_BLOCKS: Final = 256
+_CHUNK_SIGNS: Final = 256 * SIGNS_PER_BLOCK
 
 
 class Stream(IntEnum):
@@ -64,23 +65,27 @@ class DirectionGenerator:
     def __init__(self) -> None:
         # The seed given here is never used: every call sets key and counter.
         self._philox = np.random.Philox(key=0)
-        self._state = self._philox.state
+        self._state: Any = dict(self._philox.state)
+        self._state["buffer"] = (0, 0, 0, 0)
         self._state["buffer_pos"] = _WORDS_PER_BLOCK  # nothing is left over from another call
-        self._key, self._counter = np.zeros(2, np.uint64), np.zeros(4, np.uint64)
-        self._state["state"] = {"key": self._key, "counter": self._counter}
+        # Tuples: numpy takes their integers out twice as fast as an array's.
+        self._place: dict[str, tuple[int, ...]] = {"key": (0, 0), "counter": (0, 0, 0, 0)}
+        self._state["state"] = self._place
         # Row b: the eight signs of byte b, LSB first; a set bit is -1.
         bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
         self._signs = (1 - 2 * bits).astype(np.float32)
         self._table = self._signs.copy()  # the rows times `_scale`
         self._scale = 1.0
-        self._scratch = np.empty((_CHUNK_BLOCKS * SIGNS_PER_BLOCK // 8, 8), np.float32)
+        self._scratch = np.empty((_CHUNK_SIGNS // 8, 8), np.float32)
+        self._flat = self._scratch.reshape(-1)
+        self._unpacked: NDArray[np.uint8] | None = None  # what `_scratch` holds, times `_scale`
 
     def words(self, direction: DirectionId, first_block: int, blocks: int) -> NDArray[np.uint64]:
         """Raw Philox words (blocks * 4,) of a direction, from `first_block` on."""
         direction.check()
         run_seed, half, device, number, step, k = direction
-        self._key[:] = run_seed, half << 32 | device
-        self._counter[:] = first_block, number << 32 | step, k, 0
+        self._place["key"] = run_seed, half << 32 | device
+        self._place["counter"] = first_block, number << 32 | step, k, 0
         self._philox.state = self._state
         return self._philox.random_raw(blocks * _WORDS_PER_BLOCK)
 
@@ -97,10 +102,12 @@ class DirectionGenerator:
     def signs_packed(self, direction: DirectionId, count: int) -> NDArray[np.uint8]:
         """Signs 0..count of the direction as (ceil(count / 8),) octets, LSB first, set bit -1.
 
-        A 32nd of the direction in float32: made once, it serves several `add_packed`.
+        A 32nd of the direction in float32: made once, it serves several `add_packed`. Read-only.
         """
         words = self.words(direction, 0, -(-count // SIGNS_PER_BLOCK))
-        return _octets(words)[: -(-count // 8)]
+        octets = _octets(words)[: -(-count // 8)]
+        octets.setflags(write=False)
+        return octets
 
     def add_packed(
         self,
@@ -110,14 +117,18 @@ class DirectionGenerator:
         out: NDArray[np.float32],
     ) -> None:
         """Out = base + scale * u, u packed by `signs_packed`; bits and rules of `add_scaled`."""
-        self._prepare(scale)
-        step = _CHUNK_BLOCKS * SIGNS_PER_BLOCK
-        if base.shape[0] <= step:  # spares a small half three slices
-            self._add(octets, scale, base, out)
+        if scale not in (self._scale, -self._scale):
+            self._prepare(scale)
+        if base.shape[0] > _CHUNK_SIGNS:
+            for begin in range(0, base.shape[0], _CHUNK_SIGNS):
+                end = begin + _CHUNK_SIGNS
+                self._unpack(octets[begin // 8 : end // 8])
+                self._add(scale, base[begin:end], out[begin:end])
             return
-        for begin in range(0, base.shape[0], step):
-            end = begin + step
-            self._add(octets[begin // 8 : end // 8], scale, base[begin:end], out[begin:end])
+        if octets is not self._unpacked:  # theta - lam u comes right after theta + lam u
+            self._unpack(octets)
+            self._unpacked = octets
+        self._add(scale, base, out)
 
     def add_scaled(
         self,
@@ -128,36 +139,33 @@ class DirectionGenerator:
     ) -> None:
         """Out = base + scale * u, all (d,) float32; one rounding an element; out may be base."""
         self._prepare(scale)
-        total, step = base.shape[0], _CHUNK_BLOCKS * SIGNS_PER_BLOCK
-        for begin in range(0, total, step):
-            end = min(total, begin + step)
+        total = base.shape[0]
+        for begin in range(0, total, _CHUNK_SIGNS):
+            end = min(total, begin + _CHUNK_SIGNS)
             blocks = -(-(end - begin) // SIGNS_PER_BLOCK)
             octets = _octets(self.words(direction, begin // SIGNS_PER_BLOCK, blocks))
-            self._add(octets[: -(-(end - begin) // 8)], scale, base[begin:end], out[begin:end])
+            self._unpack(octets[: -(-(end - begin) // 8)])
+            self._add(scale, base[begin:end], out[begin:end])
 
     def _prepare(self, scale: float) -> None:
-        """Fill the table for +scale and -scale."""
-        if abs(scale) != self._scale:
-            self._scale = abs(scale)
-            np.multiply(self._signs, np.float32(self._scale), out=self._table)
+        """Make the table serve +scale and -scale."""
+        self._scale, self._unpacked = abs(scale), None
+        np.multiply(self._signs, np.float32(self._scale), out=self._table)
 
-    def _add(
-        self,
-        octets: NDArray[np.uint8],
-        scale: float,
-        base: NDArray[np.float32],
-        out: NDArray[np.float32],
-    ) -> None:
-        """One chunk at most; a - b has the bits of a + (-b), zeros included."""
-        part = self._scratch[: octets.shape[0]]
+    def _unpack(self, octets: NDArray[np.uint8]) -> None:
+        """Fill the scratch with one chunk at most of +-`_scale`."""
+        self._unpacked = None
         # mode="clip" spares numpy a buffered copy; octets are in range by type.
-        self._table.take(octets, axis=0, out=part, mode="clip")
+        self._table.take(octets, 0, self._scratch[: octets.shape[0]], "clip")
+
+    def _add(self, scale: float, base: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+        """Add the scratch; a - b has the bits of a + (-b), zeros included."""
         add = np.subtract if math.copysign(1.0, scale) < 0 else np.add
-        add(base, part.reshape(-1)[: base.shape[0]], out=out)
+        add(base, self._flat[: base.shape[0]], out)
 
 
 def _octets(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
-    return words.astype("<u8", copy=False).view(np.uint8)
+    return (words.byteswap() if sys.byteorder == "big" else words).view(np.uint8)
 
 
 def batch_indices(

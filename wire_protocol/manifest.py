@@ -1,4 +1,4 @@
-"""The client bundle: a manifest and the two blobs it names. No I/O here, only checked bytes.
+"""The client bundle: a manifest and the two blobs it names. No I/O here, only what they mean.
 
 manifest.json   what this module describes; its SHA-256 is the bundle's digest
 client.onnx     the client half as a graph; every parameter and buffer is a named input
@@ -106,19 +106,6 @@ class Manifest(_Strict, frozen=True):
     versions: dict[str, str]
 
 
-class Bundle(_Strict, frozen=True):
-    """A whole, checked bundle."""
-
-    digest: str
-    manifest: Manifest
-    graph: bytes
-    weights: bytes
-
-    def initial_parameters(self) -> NDArray[np.float32]:
-        """The flat client weights (d_c,) that round 0 starts from: a fresh array."""
-        return np.frombuffer(self.weights, "<f4", self.manifest.parameters).astype(np.float32)
-
-
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Check a manifest. Raises InputError naming `where`."""
     if len(data) > MAX_MANIFEST_BYTES:
@@ -140,14 +127,6 @@ def check_blob(data: bytes, blob: Blob, where: str) -> None:
         )
     if sha256(data) != blob.sha256:
         raise InputError(f"{where}: digest differs from the manifest's; copy the bundle again")
-
-
-def assemble(manifest_data: bytes, graph: bytes, weights: bytes, where: str) -> Bundle:
-    """A Bundle of three checked parts. Raises InputError."""
-    manifest = parse_manifest(manifest_data, f"{where}/{MANIFEST_FILE}")
-    check_blob(graph, manifest.graph, f"{where}/{GRAPH_FILE}")
-    check_blob(weights, manifest.weights, f"{where}/{WEIGHTS_FILE}")
-    return Bundle(sha256(manifest_data), manifest, graph, weights)
 
 
 def prepare_input(x: NDArray[np.generic], spec: InputSpec) -> NDArray[Any]:
@@ -212,7 +191,7 @@ def same_shape(have: tuple[int, ...], want: Sequence[int]) -> bool:
 
 def sha256(data: bytes | NDArray[np.float32]) -> str:
     """Hexadecimal SHA-256; of an array, its bytes in row-major order."""
-    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
+    return hashlib.sha256(data if isinstance(data, bytes) else data.ravel().data).hexdigest()
 
 
 def _check_layout(manifest: Manifest, where: str) -> None:
