@@ -47,7 +47,10 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--from-run", "run", type=click.Path(path_type=Path), metavar="RUN",
+              help="Instead of MODEL: a run folder, whose trained model is written to OUT."
+              )  # fmt: skip
 @click.option("--cut", help="Module after which to cut; it stays on the device.")
 @click.option("--list-cuts", is_flag=True, help="List all cuts, what they cost, and write nothing.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.")
@@ -57,8 +60,8 @@ def main() -> None:
               help="A safetensors file with the weights to start from.")  # fmt: skip
 @format_option
 def export(
-    model: str, cut: str | None, list_cuts: bool, out: Path | None, seed: int,
-    shapes: tuple[str, ...], weights: Path | None, output: str,
+    model: str | None, run: Path | None, cut: str | None, list_cuts: bool, out: Path | None,
+    seed: int, shapes: tuple[str, ...], weights: Path | None, output: str,
 ) -> None:  # fmt: skip
     """Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
 
@@ -73,8 +76,21 @@ def export(
     musplit export mlp:64-32-32-10 --cut fc1 --out halves
     musplit export my_model.py:make --cut body.1 --input-shape 1,28,28 --out halves
     musplit export tokens.py:Net --cut embedding --input-shape int:64 --out halves
+
+    With --from-run the whole trained model comes out, and needs musplit no more: model.onnx takes
+    raw samples as the data set holds them, model.safetensors the weights by the model's own names,
+    model.json says which inputs and classes; proved against the split pair.
+
+    \b
+    musplit export --from-run runs/digits-20260101-120000 --out trained
     """
     with guarded():
+        if (model is None) == (run is None):
+            fail("export: give MODEL, or --from-run RUN", 2)
+        if run is not None:
+            _export_run(run, out, output)
+            return
+        assert model is not None
         if list_cuts:
             _print_cuts(model, seed, shapes, output)
             return
@@ -99,6 +115,52 @@ def export(
                 print(f"{name:26} {value}")
             for note in result.notes:
                 print(f"note: {note}")
+
+
+def _export_run(run: Path, out: Path | None, output: str) -> None:
+    if out is None:
+        fail("export --from-run: needs --out", 2)
+    from server_node.trained import export_run
+
+    facts = {
+        name: value if isinstance(value, float) else str(value)
+        for name, value in export_run(run, out)._asdict().items()
+    }
+    if output == "json":
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name:26} {value}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", help="Another data set, in a form that data.source takes.")
+@format_option
+def evaluate(run: Path, data: str | None, output: str) -> None:
+    """Score the trained model of a run folder again, on the run's test set or on another.
+
+    Weights come from the journal, checked against its digests; the arithmetic is the run's, so that
+    its accuracy is repeated exactly.
+
+    \b
+    musplit evaluate runs/digits-20260101-120000
+    musplit evaluate runs/digits-20260101-120000 --data other.npz --format json
+    """
+    with guarded():
+        from server_node.trained import evaluate_run
+
+        facts = evaluate_run(run, data)
+    if output == "json":
+        print(json.dumps(facts))
+        return
+    for name in ("accuracy", "loss", "samples", "data", "rounds"):
+        print(f"{name:22} {facts[name]}")
+    if facts["accuracy_of_summary"] is not None:
+        same = facts["accuracy_of_summary"] == facts["accuracy"]
+        print(f"{'summary.json says':22} {'the same' if same else facts['accuracy_of_summary']}")
+    for note in facts["notes"]:
+        say(f"note: {note}")
 
 
 def _print_cuts(model: str, seed: int, shapes: tuple[str, ...], output: str) -> None:

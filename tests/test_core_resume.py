@@ -75,7 +75,7 @@ def go_on(config, folder):
     past = read_past(folder)
     assert past is not None
     experiment = prepare(config, folder, past)
-    history = rebuild(past, experiment.client_weights, experiment.server_weights)
+    history = rebuild(past, experiment.client.initial_parameters(), experiment.server_weights)
     return InProcessFleet(experiment).run(history=history), history.notes
 
 
