@@ -238,10 +238,11 @@ def _whole_bytes(path: Path, data: bytes) -> int:
             break
         position += _RECORD.size + length
         number += 1
-    for found in _BODY_START.finditer(data, position + _RECORD.size):
+    for found in _BODY_START.finditer(data, position + _RECORD.size + 1):
         begin = found.start()
         length, crc = _RECORD.unpack_from(data, begin - _RECORD.size)
-        if zlib.crc32(data[begin : begin + length]) == crc:
+        body = data[begin : begin + length]
+        if len(body) == length and zlib.crc32(body) == crc:
             raise JournalError(
                 f"{path}: record {number} at byte {position} is damaged, and whole records follow: "
                 f"no crash leaves that. Restore the file from a copy, or give up what follows: "

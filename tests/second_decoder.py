@@ -160,7 +160,7 @@ FIELDS = {
     "leave": "epoch reason",
     "hello": "",
     "welcome": "run run_seed epoch device manifest_sha256 manifest_bytes directions_sha256 lam "
-    "batch directions rounds encoding compression",
+    "batch directions rounds encoding compression next_round",
     "refused": "epoch reason",
     "chunk": "digest index data",
     "round": "run round participants",

@@ -350,7 +350,7 @@ def answers(whole, tmp_path):
         return Welcome(
             run=1, run_seed=0, epoch=5, device=0, manifest_sha256=bundle.digest, manifest_bytes=1,
             directions_sha256=directions_digest(0), lam=1e-3, batch=8, directions=3, rounds=9,
-            next_round=next_round,
+            encoding="float32", compression="none", next_round=next_round,
         )  # fmt: skip
 
     yield play, welcome

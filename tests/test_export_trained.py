@@ -22,6 +22,7 @@ from export.inputs import SampleArray
 from export.models import build_model
 from export.server_half import read_server_half
 from export.trained import RawModel, export_trained, whole_state
+from server_node.config import DataSection
 from server_node.datasets import load_dataset
 from server_node.errors import DataError
 from server_node.evaluation import Evaluator
@@ -174,7 +175,7 @@ def test_tokens_outside_the_table_are_refused_at_the_edge(tmp_path):
     )
     manifest = export.manifest
     assert manifest.inputs[0].limit == 20
-    data = load_dataset(str(write_data(tmp_path, "embedding")))
+    data = load_dataset(DataSection(source=str(write_data(tmp_path, "embedding"))))
     assert misfit(manifest, data.x_train) == ""
     for bad in (-1, 20):
         data.x_test[0][7, 2] = bad
