@@ -14,17 +14,31 @@ import socket
 import time
 from collections.abc import Sequence
 from threading import Event, Lock
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from wire_protocol.errors import HeaderError, QueueFullError, TransportError
+from wire_protocol.events import (
+    Address,
+    Connected,
+    Disconnected,
+    LinkEvent,
+    LinkLike,
+    Received,
+    Will,
+)
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.mqtt_stream import Payload
 from wire_protocol.paho_client import CountingClient
 from wire_protocol.parts import MAX_PARTS, Joiner, is_part, split
+
+__all__ = [
+    "DEFAULT_PORT", "MIN_PACKET_BYTES", "Address", "Connected", "Disconnected", "Link", "LinkEvent",
+    "LinkLike", "Received", "Will",
+]  # fmt: skip
 
 DEFAULT_PORT: Final = 1883
 _KEEPALIVE_S: Final = 15
@@ -46,71 +60,6 @@ _FALLBACK_S: Final = 2.0
 # Connections in a row that lasted less than this are what two clients with one id do to each other.
 _SHORT_LIFE_S: Final = 3.0
 _SHORT_LIVES: Final = 5
-
-
-class Address(NamedTuple):
-    """Where a broker listens."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
-
-class Connected(NamedTuple):
-    """The link is up and subscribed (again)."""
-
-
-class Disconnected(NamedTuple):
-    """The link is down; it reconnects by itself unless `fatal` says why it cannot."""
-
-    reason: str
-    fatal: bool
-
-
-class Received(NamedTuple):
-    """A message on one of the subscribed topics."""
-
-    topic: str
-    payload: Payload
-
-
-LinkEvent = Connected | Disconnected | Received
-
-
-class Will(NamedTuple):
-    """What the broker publishes for us when the connection is lost."""
-
-    topic: str
-    payload: bytes
-
-
-class LinkLike(Protocol):
-    """What agents and drivers need of a link; tests and the in-process fleet bring their own."""
-
-    @property
-    def bytes_up(self) -> int:
-        """Bytes written to the stream so far."""
-        ...
-
-    @property
-    def bytes_down(self) -> int:
-        """Bytes read from the stream so far."""
-        ...
-
-    @property
-    def backlog(self) -> int:
-        """Messages that the broker has not acknowledged."""
-        ...
-
-    def publish(self, topic: str, payload: bytes) -> None:
-        """Queue a message."""
-        ...
-
-    def next_event(self, timeout_s: float) -> LinkEvent | None:
-        """The next event, or None after `timeout_s`."""
-        ...
 
 
 class Link:

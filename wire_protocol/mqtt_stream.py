@@ -1,7 +1,7 @@
 """Reading an MQTT stream (3.1.1 and 5), pure: where the next bytes go, and the packets they make.
 
-Small packets are taken from one buffer, several at a time. The payload of a PUBLISH that does not
-fit into it is received into memory of its own, which is handed on as a read-only view: no copy
+Small packets are taken from one buffer, several at a time. The payload of a larger PUBLISH is
+received into memory of its own, which is handed on as a read-only view: no copy
 but of what lay in the buffer. A payload above the cap is read over, and nothing allocated for it.
 """
 
@@ -18,6 +18,8 @@ Payload: TypeAlias = bytes | memoryview
 
 # Holds the longest topic (65,535 bytes) with the packet id behind it, and many small packets.
 BUFFER_BYTES: Final = 128 << 10
+# Read at once, and the largest packet that is copied out of the buffer.
+_SMALL_BYTES: Final = 16 << 10
 # A packet's type and flags, then its length in at most four bytes (MQTT 5, section 2.1.4).
 _MAX_FIXED_BYTES: Final = 5
 _PUBLISH: Final = 0x30
@@ -55,7 +57,7 @@ class PacketReader:
         """Where the next bytes of the stream belong; never empty."""
         if self._skip:
             return self._buffer[: self._skip]
-        return self._rest or self._buffer[self._filled :]
+        return self._rest or self._buffer[self._filled : self._filled + _SMALL_BYTES]
 
     def feed(self, count: int) -> Iterator[Publish | Packet]:
         """The packets that the `count` bytes in `target` complete. Raises HeaderError."""
@@ -82,7 +84,7 @@ class PacketReader:
                 begin += fixed + length
                 yield self._small(data[0], data[fixed : fixed + length])
                 continue
-            if fixed + length > BUFFER_BYTES and self._begin_large(data, fixed, length):
+            if fixed + length > _SMALL_BYTES and self._begin_large(data, fixed, length):
                 begin = self._filled
             break
         left = self._filled - begin
@@ -101,8 +103,10 @@ class PacketReader:
         return publish._replace(payload=bytes(body[begin:]) if fits else None)
 
     def _begin_large(self, data: memoryview, fixed: int, length: int) -> bool:
-        """Prepare for a packet beyond the buffer; False while its header is not here."""
+        """Prepare for a large packet; False while its header is not here."""
         if data[0] & 0xF0 != _PUBLISH:
+            if fixed + length <= BUFFER_BYTES:
+                return False
             raise HeaderError(f"a packet of type {data[0] >> 4} has {length} bytes")
         here = data[fixed:]
         head = self._head(data[0], here)

@@ -97,6 +97,9 @@ class CountingClient(paho.Client):
         """Write at once; wake paho's thread only for what the socket does not take."""
         if command & 0xF0 not in (MessageType.PUBLISH, MessageType.PUBACK):
             return super()._packet_queue(command, packet, mid, qos, info)
+        if command & 0xF0 == MessageType.PUBLISH and not self.is_connected():
+            # Else it could overtake the CONNECT.
+            return MQTTErrorCode.MQTT_ERR_NO_CONN  # paho sends it after the CONNACK
         self._out_packet.append(
             {"command": command, "mid": mid, "qos": qos, "pos": 0, "to_process": len(packet),
              "packet": memoryview(packet), "info": info}  # type: ignore[typeddict-item]
