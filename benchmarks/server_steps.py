@@ -4,8 +4,6 @@ A step of K_s directions is 2 K_s forwards plus the directions: drawn once, adde
 twice for the two sides and once for the update. The bare forwards are those of the same half with
 constant weights on the same batch, in inference mode. Both are timed in turns in one process, on
 one thread; a ratio is the median over the repetitions' own ratios.
-
-    .venv/bin/python benchmarks/server_steps.py
 """
 
 from __future__ import annotations
@@ -20,25 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.rows import Row
+from export.cuts import cut_model
+from export.models import build_model
 from server_node.config import ServerSection
 from server_node.half import ServerHalf, Turn
 from server_node.machine import fix_arithmetic
 
 BATCH: Final = 32
+ALEXNET_CUT: Final = "conv1"
 TAU: Final = 4
-REPETITIONS: Final = 7
 REPLICAS: Final = 4
 LIMIT: Final = 1.15
-
-
-class Row(NamedTuple):
-    """A figure: `raw` holds the seconds of every repetition, `note` why there is no ratio."""
-
-    name: str
-    ratio: float | None
-    limit: float | None
-    raw: dict[str, list[float]]
-    note: str = ""
 
 
 class Case(NamedTuple):
@@ -50,13 +41,8 @@ class Case(NamedTuple):
 
 
 def _alexnet() -> nn.Module:
-    """The AlexNet for 3x32x32 of GAS (AAAI 2025), 3,868,746 parameters, after its first block."""
-    return nn.Sequential(
-        nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
-        nn.Conv2d(64, 128, 3, padding=1), nn.Conv2d(128, 256, 3, padding=1),
-        nn.Conv2d(256, 256, 3, padding=1), nn.MaxPool2d(3, 2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(2304, 1024), nn.Linear(1024, 512), nn.Linear(512, 10),
-    )  # fmt: skip
+    """The zoo's AlexNet after its first block."""
+    return cut_model(build_model("alexnet", 0), ALEXNET_CUT).server.module
 
 
 def _mlp() -> nn.Module:
@@ -67,7 +53,7 @@ def _mlp() -> nn.Module:
 CASES: Final = (Case("AlexNet", _alexnet, (32, 16, 16)), Case("MLP", _mlp, (32,)))
 
 
-def measure(repetitions: int = REPETITIONS) -> list[Row]:
+def measure(repetitions: int) -> list[Row]:
     """All rows: steps over bare forwards, then the time of a step by replicas and device."""
     threads = torch.get_num_threads()
     rows: list[Row] = []
@@ -167,16 +153,3 @@ def _in_turns(works: dict[Any, Callable[[], None]], repetitions: int) -> dict[An
             if repetition:
                 seconds[key].append(time.perf_counter() - begin_s)
     return seconds
-
-
-def main() -> None:
-    """Print the rows."""
-    for row in measure():
-        limit = f" (limit {row.limit})" if row.limit else ""
-        ratio = "not measured" if row.ratio is None else f"{row.ratio:.3f}"
-        note = f"  {row.note}" if row.note else ""
-        print(f"{row.name}: {ratio}{limit}{note}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Does tau buy rounds, and does the device half learn? Three seeds, frozen controls beside.
 
 Rows: the experiment as shipped; the same with the client half frozen; tau 1 at the same steps; and
-both tau tuned by the same budget on a fifth of the training set held out: of the pairs of steps that
-keep two seeds from diverging, the one that reaches the target accuracy there in the fewest rounds.
-Same model, shards, K and rounds in every row; in-process fleet, whose digests are those of real
-processes.
+both tau tuned by the same budget on a fifth of the training set held out: of the pairs of steps
+with which neither of two seeds diverges, the one that reaches the target accuracy there in the
+fewest rounds. Same model, shards, K and rounds in every row; in-process fleet, whose digests are
+those of real processes.
 
     .venv/bin/python benchmarks/tau.py digits
     .venv/bin/python benchmarks/tau.py fashion_mnist --data path/to/fashion_mnist

@@ -1,7 +1,6 @@
-"""What the wire costs, as ratios to what it cannot cost less: run `python benchmarks/transport.py`.
+"""What the wire costs, as ratios to what it cannot cost less.
 
-Each figure is the median of several repetitions in one run on one machine, beside the plain
-operation it is a multiple of:
+Beside each figure stands the plain operation it is a multiple of:
 
 * encode and decode of a pair of 4 MB (activation and one difference) against a memcpy of its
   bytes; checksums are left out of both and timed apart;
@@ -14,7 +13,6 @@ operation it is a multiple of:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import socket
@@ -27,11 +25,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final
 from unittest import mock
 
 import numpy as np
 
+from benchmarks.rows import Row, in_turns, ratio_row
 from emulation.broker import free_port, mosquitto_configuration, wait_for_broker
 from wire_protocol import frames
 from wire_protocol.allocator import keep_freed_memory
@@ -40,23 +39,13 @@ from wire_protocol.frames import Frame, FrameKind, decode_frame, encode_frame
 from wire_protocol.mqtt import Address, Link, Received
 
 MB: Final = 1 << 20
-_REPETITIONS: Final = 31
-_ROUND_TRIPS: Final = 400
-_MESSAGES: Final = 32
+_ENCODINGS: Final[tuple[Encoding, ...]] = ("float32", "float16", "int8")
+_ROUND_TRIPS: Final = 100  # a repetition
+_MESSAGES: Final = 16
 _MESSAGE_MB: Final = 4
 _NO_LABELS: Final = np.empty(0, np.uint32)
 # Debian installs it where a user's PATH does not lead.
 _MOSQUITTO: Final = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
-
-
-def median_ms(run: Callable[[], object], repetitions: int = _REPETITIONS) -> float:
-    """The median time of a call, after two that warm caches and allocator."""
-    times_s = []
-    for _ in range(repetitions + 2):
-        begin_s = time.perf_counter()
-        run()
-        times_s.append(time.perf_counter() - begin_s)
-    return statistics.median(times_s[2:]) * 1e3
 
 
 # -- frames ----------------------------------------------------------------------------------
@@ -74,7 +63,7 @@ def pair(encoding: Encoding, *, relu: bool = False) -> list[Frame]:
     return [first, first._replace(kind=FrameKind.DIFFERENCES, tensor=d, labels=_NO_LABELS)]
 
 
-def measure_frames() -> dict[str, Any]:
+def measure_frames(repetitions: int) -> list[Row]:
     """Encode and decode a pair in every encoding; checksums apart."""
     tensors = [frame.tensor for frame in pair("float32")]
     copies = [np.empty_like(tensor) for tensor in tensors]
@@ -83,44 +72,58 @@ def measure_frames() -> dict[str, Any]:
         for source, target in zip(tensors, copies, strict=True):
             np.copyto(target, source)
 
-    result: dict[str, Any] = {
-        "memcpy_ms": median_ms(copy),
-        "checksum_ms": median_ms(lambda: [zlib.crc32(tensor) for tensor in tensors]),
-    }
-    unchecked = SimpleNamespace(crc32=lambda *_: 0)
-    with mock.patch.object(frames, "zlib", unchecked):
-        for encoding in ("float32", "float16", "int8"):
-            both = pair(encoding)
-            payloads = [encode_frame(frame) for frame in both]
-            encode_ms = median_ms(lambda both=both: [encode_frame(frame) for frame in both])
-            decode_ms = median_ms(lambda sent=payloads: [decode_frame(part) for part in sent])
-            result[encoding] = {
-                "encode_ms": encode_ms,
-                "decode_ms": decode_ms,
-                "bytes": sum(map(len, payloads)),
-                "ratio_to_memcpy": (encode_ms + decode_ms) / result["memcpy_ms"],
-            }
-    return result
+    works: dict[str, Callable[[], object]] = {
+        "memcpy": copy, "checksum": lambda: [zlib.crc32(tensor) for tensor in tensors],
+    }  # fmt: skip
+    sizes: dict[str, int] = {}
+    for encoding in _ENCODINGS:
+        both = pair(encoding)
+        payloads = [encode_frame(frame) for frame in both]
+        sizes[encoding] = sum(map(len, payloads))
+        works[f"encode {encoding}"] = lambda both=both: [encode_frame(frame) for frame in both]
+        works[f"decode {encoding}"] = lambda sent=payloads: [decode_frame(part) for part in sent]
+    checksum = {"checksum": works.pop("checksum")}
+    # Checksums are the same in all encodings and would hide the rest: timed apart.
+    with mock.patch.object(frames, "zlib", SimpleNamespace(crc32=lambda *_: 0)):
+        seconds = in_turns(works, repetitions)
+    seconds |= in_turns(checksum, repetitions)
+    rows = []
+    for encoding in _ENCODINGS:
+        both_s = [
+            a + b
+            for a, b in zip(
+                seconds[f"encode {encoding}"], seconds[f"decode {encoding}"], strict=True
+            )
+        ]
+        raw = {"both_s": both_s, "memcpy_s": seconds["memcpy"]}
+        name = f"encode + decode a 4 MB pair in {encoding}, over memcpy"
+        note = f"{sizes[encoding] / sizes['float32']:.3f} of float32's bytes"
+        limit = 4.0 if encoding == "float32" else None
+        rows.append(ratio_row(name, limit, both_s, seconds["memcpy"], raw, note))
+    checksum_s = seconds["checksum"]
+    rows.append(
+        ratio_row(
+            "checksums of a 4 MB pair (CRC-32), over memcpy", None, checksum_s, seconds["memcpy"],
+            {"checksum_s": checksum_s}, "sender and receiver each",
+        )
+    )  # fmt: skip
+    return rows
 
 
-def measure_compression() -> dict[str, Any]:
-    """What zstd saves, of the bytes of its encoding, and takes; dense and ReLU activations."""
-    result: dict[str, Any] = {}
-    for encoding in ("float32", "float16", "int8"):
+def measure_compression(repetitions: int) -> list[Row]:
+    """What zstd keeps of the bytes of its encoding, and takes; dense and ReLU activations."""
+    rows = []
+    for encoding in _ENCODINGS:
         for relu in (False, True):
             both = pair(encoding, relu=relu)
             plain = sum(len(encode_frame(frame)) for frame in both)
-            packed = [encode_frame(frame, compressed=True) for frame in both]
-            result[f"{encoding} {'half zeros' if relu else 'dense'}"] = {
-                "bytes_of_uncompressed": sum(map(len, packed)) / plain,
-                "encode_ms": median_ms(
-                    lambda both=both: [encode_frame(frame, compressed=True) for frame in both], 5
-                ),
-                "decode_ms": median_ms(
-                    lambda sent=packed: [decode_frame(part) for part in sent], 5
-                ),
-            }
-    return result
+            kept = sum(len(encode_frame(frame, compressed=True)) for frame in both) / plain
+            work = {"encode": lambda both=both: [encode_frame(f, compressed=True) for f in both]}
+            seconds = in_turns(work, repetitions)["encode"]
+            name = f"zstd, {encoding}, {'half zeros' if relu else 'dense'}: bytes kept"
+            note = f"{statistics.median(seconds) * 1e3:.1f} ms to encode a 4 MB pair"
+            rows.append(Row(name, kept, None, {"encode_s": seconds}, note))
+    return rows
 
 
 # -- sockets with hand-written packets -----------------------------------------------------------
@@ -191,8 +194,8 @@ def _packet(command: int, body: bytes) -> bytes:
 # -- round trip ------------------------------------------------------------------------------
 
 
-def measure_round_trip(address: Address) -> dict[str, Any]:
-    """100 bytes there and back at QoS 1, in alternating blocks; medians over all trips."""
+def measure_round_trip(address: Address, repetitions: int) -> list[Row]:
+    """100 bytes there and back at QoS 1, in alternating blocks; a block's median counts."""
     payload = bytes(100)
     raws = [RawClient(address, f"raw-{name}", f"raw/{name}") for name in "ab"]
     links = [Link(f"link-{name}", address, subscriptions=[f"link/{name}"]) for name in "ab"]
@@ -212,14 +215,23 @@ def measure_round_trip(address: Address) -> dict[str, Any]:
         links[1].publish("link/a", event.payload)
         assert links[0].next_event(5.0)
 
-    raw_ms, link_ms = [], []
-    for _ in range(4):
-        raw_ms.append(median_ms(raw_trip, _ROUND_TRIPS // 4))
-        link_ms.append(median_ms(link_trip, _ROUND_TRIPS // 4))
+    raw_s, link_s = [], []
+    for _ in range(repetitions):
+        raw_s.append(_median_s(raw_trip))
+        link_s.append(_median_s(link_trip))
     for client in (*raws, *links):
         client.close()
-    raw, linked = statistics.median(raw_ms), statistics.median(link_ms)
-    return {"raw_ms": raw, "link_ms": linked, "ratio_to_raw": linked / raw}
+    name = "round trip of 100 bytes at QoS 1, over two hand-written sockets"
+    return [ratio_row(name, 3.0, link_s, raw_s, {"link_s": link_s, "raw_s": raw_s})]
+
+
+def _median_s(trip: Callable[[], None]) -> float:
+    times_s = []
+    for _ in range(_ROUND_TRIPS):
+        begin_s = time.perf_counter()
+        trip()
+        times_s.append(time.perf_counter() - begin_s)
+    return statistics.median(times_s)
 
 
 # -- receiving -------------------------------------------------------------------------------
@@ -248,13 +260,13 @@ def receive(kind: str, port: int) -> None:
     print((time.process_time() - begin_s) * 1e3 / _MESSAGES / _MESSAGE_MB, flush=True)
 
 
-def measure_receiving(address: Address, repetitions: int = 5) -> dict[str, Any]:
+def measure_receiving(address: Address, repetitions: int) -> list[Row]:
     """CPU ms per MB of a receiving process: a link's, and a hand-written socket's."""
     costs: dict[str, list[float]] = {"raw": [], "link": []}
     source = RawClient(address, "source", "nothing")
     for _ in range(repetitions):
         for kind, found in costs.items():
-            command = [sys.executable, __file__, kind, str(address.port)]
+            command = [sys.executable, "-m", "benchmarks.transport", kind, str(address.port)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sink:
                 assert sink.stdout is not None
                 sink.stdout.readline()
@@ -262,10 +274,9 @@ def measure_receiving(address: Address, repetitions: int = 5) -> dict[str, Any]:
                     source.publish("sink", bytes(_MESSAGE_MB * MB))
                 found.append(float(sink.stdout.readline()))
     source.close()
-    raw, linked = statistics.median(costs["raw"]), statistics.median(costs["link"])
-    return {
-        "raw_cpu_ms_per_mb": raw, "link_cpu_ms_per_mb": linked, "ratio_to_raw": linked / raw,
-    }  # fmt: skip
+    raw = {f"{kind}_cpu_ms_per_mb": found for kind, found in costs.items()}
+    name = f"receive CPU of {_MESSAGE_MB} MB messages, over a hand-written socket's"
+    return [ratio_row(name, 2.0, costs["link"], costs["raw"], raw)]
 
 
 @contextlib.contextmanager
@@ -285,24 +296,19 @@ def broker() -> Iterator[Address]:
             process.wait()
 
 
-def measure() -> dict[str, Any]:
-    """All figures; those that need mosquitto are None where there is none."""
+def measure(repetitions: int) -> list[Row]:
+    """All rows; those that need mosquitto say so where there is none."""
     keep_freed_memory()  # as device and server do
-    result: dict[str, Any] = {
-        "frames_4_mb_pair": measure_frames(),
-        "compression": measure_compression(),
-        "round_trip_100_bytes": None,
-        "receiving_4_mb_messages": None,
-    }
-    if _MOSQUITTO:
-        with broker() as address:
-            result["round_trip_100_bytes"] = measure_round_trip(address)
-            result["receiving_4_mb_messages"] = measure_receiving(address)
-    return result
+    rows = [*measure_frames(repetitions), *measure_compression(repetitions)]
+    if not _MOSQUITTO:
+        note = "mosquitto is not installed"
+        names = ("round trip of 100 bytes at QoS 1", "receive CPU")
+        return [*rows, *(Row(name, None, None, {}, note) for name in names)]
+    with broker() as address:
+        rows += measure_round_trip(address, repetitions)
+        rows += measure_receiving(address, repetitions)
+    return rows
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        receive(sys.argv[1], int(sys.argv[2]))
-    else:
-        print(json.dumps(measure(), indent=2))
+    receive(sys.argv[1], int(sys.argv[2]))
