@@ -21,9 +21,8 @@ from emulation.supervise import Supervised
 from server_node.config import Config, load_config, to_toml
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
-from server_node.files import LOCK_FILE, replace_file
+from server_node.files import CONFIG_FILE, LOCK_FILE, replace_file
 from server_node.partition import shard_name, write_shards
-from server_node.prepare import CONFIG_FILE
 from wire_protocol.errors import RefusedError, TransportError
 from wire_protocol.mqtt import Address
 

@@ -11,6 +11,8 @@ from typing import IO, Final
 
 from server_node.errors import ConfigError
 
+CONFIG_FILE: Final = "config.toml"
+CONTROL_FOLDER: Final = "control"
 LOCK_FILE: Final = "lock"
 
 

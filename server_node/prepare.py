@@ -28,7 +28,7 @@ from export.server_half import read_server_half
 from server_node.config import Config, to_toml
 from server_node.datasets import load_dataset
 from server_node.evaluation import Evaluator
-from server_node.files import replace_file
+from server_node.files import CONFIG_FILE, CONTROL_FOLDER, replace_file
 from server_node.half import ServerHalf
 from server_node.journal import Header, Resumed
 from server_node.ledger import Ledger
@@ -37,9 +37,6 @@ from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
 from server_node.samples import Dataset
 from server_node.transform import check_fit, declare, explained
-
-CONFIG_FILE = "config.toml"
-CONTROL_FOLDER = "control"
 
 
 class Experiment(NamedTuple):

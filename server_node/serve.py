@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 from server_node.actions import Outcome
 from server_node.config import Config, load_config
 from server_node.errors import ConfigError, DivergedError
-from server_node.files import claimed
+from server_node.files import CONFIG_FILE, CONTROL_FOLDER, claimed
 from server_node.journal import JOURNAL_FILE
 from server_node.machine import environment
 from server_node.node import Node
 from server_node.partition import shard_name
 from server_node.plot import plot_run
 from server_node.prepare import (
-    CONFIG_FILE,
-    CONTROL_FOLDER,
     Experiment,
     control_config,
     prepare,

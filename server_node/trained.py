@@ -16,9 +16,10 @@ from server_node.config import Config, load_config
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
 from server_node.evaluation import Evaluator
+from server_node.files import CONFIG_FILE
 from server_node.half import ServerHalf
 from server_node.machine import fix_arithmetic
-from server_node.prepare import CONFIG_FILE, control_config
+from server_node.prepare import control_config
 from server_node.resume import History, check_identity, read_past, rebuild
 from server_node.summary import read_summary
 
