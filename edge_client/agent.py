@@ -52,6 +52,11 @@ REPEAT_S: Final = 5.0
 SAVE_EVERY_S: Final = 5.0
 # How long what was asked for may be under way before a gap makes the agent ask again.
 GAP_S: Final = 1.0
+# Messages that the broker has not acknowledged, above which the agent computes and sends nothing:
+# a frame may go in hundreds of parts.
+_BACKLOG: Final = 256
+_CROWDED_S: Final = 0.02
+_IDLE_S: Final = 0.25
 
 
 class AgentSettings(NamedTuple):
@@ -92,7 +97,8 @@ class Agent:
         self._fetch: BlobFetch | BundleFetch | None = None
         self._snapshot: Snapshot | None = None
         self._work: Iterator[bytes | None] | None = None
-        self._sent: list[bytes] = []
+        self._sent: list[bytes] = []  # frames of the open round
+        self._unsent: list[bytes] = []  # those of them that are to be sent again
         self._started_unix_s = 0.0
         self._fetch_began = self._run_began = (0, 0)  # stream bytes, up and down
         self._bundle_bytes = (0, 0)
@@ -123,9 +129,11 @@ class Agent:
 
     def _turn(self) -> None:
         """One piece of work, if there is any, then one event."""
-        if self._work is not None:
+        crowded = self._link.backlog > _BACKLOG
+        if not crowded:
             self._advance()
-        event = self._link.next_event(0.0 if self._work is not None else 0.25)
+        busy = self._work is not None or bool(self._unsent)
+        event = self._link.next_event((_CROWDED_S if crowded else 0.0) if busy else _IDLE_S)
         if isinstance(event, Connected):
             self._offline_since_s = None
             self._heard_s = time.monotonic()  # nobody could be heard meanwhile
@@ -198,7 +206,7 @@ class Agent:
         if trainer.next_round > welcome.next_round:  # it lost commits
             self._say(f"the server is back at round {welcome.next_round}: starting over")
             trainer.start_over()
-            self._work, self._sent = None, []
+            self._drop_round()
         self._ready()
 
     def _take_chunk(self, chunk: Chunk) -> None:
@@ -225,7 +233,7 @@ class Agent:
         if snapshot is not None and trainer is not None:
             whole = fetch.finish(as_octets(trainer.scratch))
             if whole and trainer.restore(trainer.scratch, snapshot.next_round):
-                self._work, self._sent = None, []
+                self._drop_round()
         self._drop_fetch()
         self._ready()
 
@@ -278,7 +286,7 @@ class Agent:
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
             case Scalars() if message.round == trainer.next_round:
-                self._acknowledged_round, self._sent = message.round, []
+                self._acknowledged_round, self._sent, self._unsent = message.round, [], []
             case Round() if message.round == trainer.next_round != self._acknowledged_round:
                 if trainer.welcome.device in message.participants:
                     self._take_part(trainer)
@@ -290,15 +298,18 @@ class Agent:
 
     def _take_part(self, trainer: Trainer) -> None:
         if self._sent:  # the server asks again: what we sent was lost, or is still under way
-            for payload in self._sent:
-                self._link.publish(self._topics.frame(self._settings.device_id), payload)
+            self._unsent = list(self._sent)
         elif self._work is None:
             self._started_unix_s = time.time()
             self._work = trainer.steps(self._epoch)
 
     def _advance(self) -> None:
-        """One direction further, so that a commit is noticed while computing."""
-        assert self._work is not None
+        """One frame sent again, or one direction further: a commit is noticed in between."""
+        if self._unsent:
+            self._publish_frame(self._unsent.pop(0))
+            return
+        if self._work is None:
+            return
         try:
             payload = next(self._work)
         except StopIteration:
@@ -308,10 +319,17 @@ class Agent:
         self._heard_s = self._repeated_s = time.monotonic()
         if payload is not None:
             self._sent.append(payload)
-            self._link.publish(self._topics.frame(self._settings.device_id), payload)
+            self._publish_frame(payload)
+
+    def _drop_round(self) -> None:
+        """What was computed of the open round is of no use any more."""
+        self._work, self._sent, self._unsent = None, [], []
+
+    def _publish_frame(self, payload: bytes) -> None:
+        self._link.publish(self._topics.frame(self._settings.device_id), payload)
 
     def _commit(self, commit: Commit, trainer: Trainer) -> None:
-        self._work, self._sent = None, []
+        self._drop_round()
         replay_s = trainer.apply(commit)
         self._report(commit.round, replay_s, trainer)
         self._advanced_s = time.monotonic()
@@ -337,7 +355,7 @@ class Agent:
         """Nothing of this run counts for the next one, its bytes included."""
         self._drop_fetch()
         self._welcome = self._trainer = self._work = None
-        self._sent = []
+        self._drop_round()
         self._acknowledged_round = self._mismatch_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
         self._bundle_bytes = (0, 0)

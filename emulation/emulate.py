@@ -22,6 +22,7 @@ from server_node.config import Config, load_config, to_toml
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
 from server_node.files import CONFIG_FILE, LOCK_FILE, replace_file
+from server_node.journal import JOURNAL_FILE
 from server_node.partition import shard_name, write_shards
 from wire_protocol.errors import RefusedError, TransportError
 from wire_protocol.mqtt import Address
@@ -46,6 +47,11 @@ def emulate(
 
     Raises FleetError when a process ends with an error, with that error's text.
     """
+    if not resume and any((folder / name).exists() for name in (EMULATED_FILE, JOURNAL_FILE)):
+        raise ConfigError(
+            f"{folder}: holds a run already; give another --out, remove it, or go on with it: "
+            f"musplit emulate --resume {folder}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
         locks = [folder / LOCK_FILE, *sorted((folder / "devices").glob(f"*/{LOCK_FILE}"))]
@@ -192,7 +198,8 @@ class _Emulation:
     def _restart(self, process: Supervised, code: int) -> bool:
         again = process.restart()
         if again:
-            self._notify({"event": "restarted", "process": process.name, "code": code})
+            why = _reason(process.log)
+            self._notify({"event": "restarted", "process": process.name, "code": code, "why": why})
         return again
 
     def _let_devices_end(self) -> None:

@@ -157,7 +157,8 @@ def _text(event: dict[str, Any]) -> str:
         case "left" if event["reason"] != "finished":
             text = f"{event['device']} left: {event['reason']}"
         case "restarted":
-            text = f"{event['process']} ended (code {event['code']}), started again"
+            why = f": {event['why']}" if event["code"] > 0 else ""  # else it was killed
+            text = f"{event['process']} ended (code {event['code']}{why}), started again"
         case "refused-message" | "refused-device":
             text = f"refused from {event['device']}: {event['why']}"
         case "broker-lost":

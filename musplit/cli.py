@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def export(
             fail("export: needs --cut and --out, or --list-cuts to see the cuts", 2)
         from export.exporter import export_model
 
-        result = export_model(model, cut, out, seed=seed, input_shape=shapes, weights=weights)
+        with redirect_stdout(sys.stderr):  # the user's model may print
+            result = export_model(model, cut, out, seed=seed, input_shape=shapes, weights=weights)
         facts: dict[str, Any] = {
             "client": str(result.client),
             "server": str(result.server),
@@ -122,9 +124,11 @@ def _export_run(run: Path, out: Path | None, output: str) -> None:
         fail("export --from-run: needs --out", 2)
     from server_node.trained import export_run
 
+    with redirect_stdout(sys.stderr):
+        trained = export_run(run, out)
     facts = {
         name: value if isinstance(value, float) else str(value)
-        for name, value in export_run(run, out)._asdict().items()
+        for name, value in trained._asdict().items()
     }
     if output == "json":
         print(json.dumps(facts))
@@ -150,7 +154,8 @@ def evaluate(run: Path, data: str | None, output: str) -> None:
     with guarded():
         from server_node.trained import evaluate_run
 
-        facts = evaluate_run(run, data)
+        with redirect_stdout(sys.stderr):
+            facts = evaluate_run(run, data)
     if output == "json":
         print(json.dumps(facts))
         return
@@ -167,7 +172,8 @@ def _print_cuts(model: str, seed: int, shapes: tuple[str, ...], output: str) -> 
     from export.listing import as_json, list_cuts, table
     from export.models import build_model
 
-    cuts = list_cuts(build_model(model, seed, shapes))
+    with redirect_stdout(sys.stderr):
+        cuts = list_cuts(build_model(model, seed, shapes))
     print(json.dumps(as_json(cuts)) if output == "json" else table(cuts))
 
 
@@ -297,13 +303,15 @@ def serve(
         address, notify = parse_address(broker), server_notifier(output)
         if resume is not None:
             check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
-            resume_server(resume, address, connect_s=connect_s, notify=notify)
+            with redirect_stdout(sys.stderr):
+                resume_server(resume, address, connect_s=connect_s, notify=notify)
         elif config is None:
             fail("give CONFIG, or --resume RUN", 2)
         else:
             checked = load_config(config, list(overrides))
             folder = out or _run_folder(config)
-            run_server(checked, address, folder, connect_s=connect_s, notify=notify)
+            with redirect_stdout(sys.stderr):  # events go where stdout was
+                run_server(checked, address, folder, connect_s=connect_s, notify=notify)
 
 
 @main.command()

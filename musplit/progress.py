@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TextIO
 
 from musplit.support import say
 from wire_protocol.messages import printable
 
 
 def server_notifier(output: str) -> Callable[[dict[str, Any]], None]:
-    """A `notify` for the server node."""
-    return _json if output == "json" else _text
+    """A `notify` for the server node, which writes to the stdout of now."""
+    return partial(_json if output == "json" else _text, sys.stdout)
 
 
-def _json(event: dict[str, Any]) -> None:
-    print(json.dumps(event), flush=True)
+def _json(stdout: TextIO, event: dict[str, Any]) -> None:
+    print(json.dumps(event), file=stdout, flush=True)
 
 
-def _text(event: dict[str, Any]) -> None:
+def _text(stdout: TextIO, event: dict[str, Any]) -> None:
     match event["event"]:
         case "prepared":
             _prepared(event)
@@ -37,7 +39,8 @@ def _text(event: dict[str, Any]) -> None:
                 f"{event['loss']:.3f}, {event['contributions']} devices, {event['seconds']:.2f} s"
             )
         case "summary":
-            print(json.dumps({k: v for k, v in event.items() if k != "event"}, indent=2))
+            summary = {key: value for key, value in event.items() if key != "event"}
+            print(json.dumps(summary, indent=2), file=stdout)
         case "joined" | "left" | "refused-message" | "refused-device" | "broker-lost" as name:
             detail = event.get("reason") or event.get("why") or ""
             line = f"{name} {event.get('device', '')} {detail}".rstrip()

@@ -17,6 +17,7 @@ from server_node.errors import ConfigError
 from wire_protocol.encodings import Compression, Encoding
 from wire_protocol.errors import InputError
 from wire_protocol.messages import MAX_CONTROL_BYTES
+from wire_protocol.parts import MIN_PACKET_BYTES
 from wire_protocol.topics import check_name
 
 # A commit's share of one device beside its scalars, generously.
@@ -174,7 +175,11 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}; see docs/configuration.md") from error
+        text = _explain(error)
+        field = text.partition(":")[0].partition("[")[0]
+        given = [override for override in overrides if override.partition("=")[0].strip() == field]
+        where = f"--set {given[-1]!r}" if given else where
+        raise ConfigError(f"{where}: {text}; see docs/configuration.md") from error
     _check(config, where)
     return config
 
@@ -231,7 +236,14 @@ def _check(config: Config, where: str) -> None:
         raise ConfigError(f"{where}: {error}") from error
     count, drawn = config.devices.count, config.participants
     commit_bytes = (drawn + 16) * _ENTRY_BYTES + drawn * 4 * config.method.directions_client
+    limits = {"wire.packet_limit": config.wire.packet_limit,
+              "emulation.max_packet_bytes": config.emulation.max_packet_bytes}  # fmt: skip
     problems = {
+        f"{field}: {limit} is below {MIN_PACKET_BYTES}, which the smallest messages need; 0 is "
+        "no limit": 0 < limit < MIN_PACKET_BYTES
+        for field, limit in limits.items()
+    }
+    problems |= {
         f"devices.participants: {drawn} devices with {config.method.directions_client} directions "
         f"make a commit of {commit_bytes} bytes, above {MAX_CONTROL_BYTES}; use fewer": (
             commit_bytes > MAX_CONTROL_BYTES

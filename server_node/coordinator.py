@@ -55,6 +55,7 @@ class Coordinator:
         self._present = set(devices)
         self._away_since_s: dict[int, float] = {}
         self._gone: set[int] = set()
+        self._returned: set[int] = set()  # in the open round
         self._shares: dict[int, _Share] = {}
         self._queue: deque[int] = deque()  # devices whose activation came, in that order
         self._opened_s = self._progress_s = now_s
@@ -71,7 +72,9 @@ class Coordinator:
 
     def joined(self, device: int, now_s: float) -> list[Action]:
         """A device is (back) in touch; returns what it must be told of the open round."""
-        if device not in self._present:  # one that only repeats itself is no progress
+        if device not in self._present and device not in self._returned:
+            # Once a round: a device that comes and goes makes no progress.
+            self._returned.add(device)
             self._progress_s = now_s
         self._present.add(device)
         self._away_since_s.pop(device, None)
@@ -279,6 +282,7 @@ class Coordinator:
             return self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")
         self._opened_s = self._progress_s = now_s
         self._deadline_over = False
+        self._returned.clear()
         chosen = draw_participants(
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )

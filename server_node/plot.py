@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from server_node.recorder import read_rows
 
 PLOT_FILE: Final = "accuracy.png"
 
@@ -39,7 +40,4 @@ def plot_run(folder: Path, title: str) -> Path:
 
 
 def _evaluated(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["accuracy"] is not None]
+    return [row for row in read_rows(path) if row["accuracy"] is not None]

@@ -65,7 +65,7 @@ def prepare(config: Config, folder: Path, past: Past | None = None) -> Experimen
         toml = to_toml(config).encode()
         replace_file(folder / CONFIG_FILE, lambda file: file.write(toml))
     data = load_dataset(config.data)
-    exported = _kept_export(folder, past.header) if past is not None else None
+    exported = _kept_export(config, folder, past.header) if past is not None else None
     if exported is None:
         exported = _export(config, data, folder)
     server_manifest, server_weights = read_server_half(exported.server)
@@ -157,7 +157,7 @@ def _export(config: Config, data: Dataset, folder: Path) -> Export:
     return exported
 
 
-def _kept_export(folder: Path, header: Header) -> Export | None:
+def _kept_export(config: Config, folder: Path, header: Header) -> Export | None:
     """The halves in a run folder when they are whole and those of the journal, otherwise None."""
     client, server = folder / CLIENT_FOLDER, folder / SERVER_FOLDER
     try:
@@ -165,8 +165,9 @@ def _kept_export(folder: Path, header: Header) -> Export | None:
         manifest, _ = read_server_half(server)
     except HalfError:
         return None
-    have = bundle.digest, manifest.weights.sha256
-    if have != (header.manifest_sha256, header.server_weights_sha256):
+    have = bundle.digest, manifest.weights.sha256, manifest.model, manifest.cut
+    model = config.model
+    if have != (header.manifest_sha256, header.server_weights_sha256, model.name, model.cut):
         return None
     halves = load_halves(server)
     fill_half(halves.client, bundle.weights)

@@ -95,14 +95,14 @@ NOTHING_RECORDED = PastMetrics([], [])
 def read_metrics(folder: Path, run: int, rounds: list[RoundClosed], tau: int) -> PastMetrics:
     """The rows of FOLDER that belong to these closed rounds; what is damaged is left out."""
     found: dict[int, RoundMetrics] = {}
-    for line in _lines(folder / "rounds.jsonl"):
+    for line in read_rows(folder / "rounds.jsonl"):
         with contextlib.suppress(msgspec.ValidationError):
             row = msgspec.convert(line, RoundMetrics)
             found[row.round] = row
     last = max((number for number in found if number < len(rounds)), default=-1)
     rows = [found.get(number) or unmeasured(rounds[number], tau) for number in range(last + 1)]
     reports: list[DeviceReport] = []
-    for line in _lines(folder / "devices.jsonl"):
+    for line in read_rows(folder / "devices.jsonl"):
         with contextlib.suppress(msgspec.ValidationError):
             name = msgspec.convert(line.pop("device_id", None), str)
             index = msgspec.convert(line.pop("device", None), int)
@@ -119,12 +119,12 @@ def unmeasured(closed: RoundClosed, tau: int) -> RoundMetrics:
     return RoundMetrics(**{**nothing, **known})  # type: ignore[arg-type]  # the rest may be None
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, one a line."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
                 yield value

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from server_node.actions import Outcome
 from server_node.config import Config, load_config
-from server_node.errors import ConfigError, DivergedError
+from server_node.errors import ConfigError, DivergedError, JournalError
 from server_node.files import CONFIG_FILE, CONTROL_FOLDER, claimed
 from server_node.journal import JOURNAL_FILE
 from server_node.machine import environment
@@ -24,6 +24,7 @@ from server_node.prepare import (
     control_config,
     prepare,
 )
+from server_node.recorder import read_rows
 from server_node.resume import History, Past, check_identity, read_past, rebuild
 from server_node.summary import (
     RunResult,
@@ -100,7 +101,7 @@ def resume(folder: Path, address: Address, *, connect_s: float, notify: Notify) 
         experiment = prepare(config, folder, past)
         main = _rebuild(experiment, past, notify)
         progress = _Progress(main, None)
-        if progress.main_done and config.evaluation.control:
+        if config.evaluation.control:
             past = _take_up(folder / CONTROL_FOLDER)
             progress = progress._replace(control=_rebuild(experiment, past, notify))
         return _serve(experiment, progress, address, connect_s, notify)
@@ -109,6 +110,11 @@ def resume(folder: Path, address: Address, *, connect_s: float, notify: Notify) 
 def _take_up(folder: Path) -> Past | None:
     """The past in a folder; what has no closed round makes place for a new beginning."""
     past = read_past(folder)
+    if past is None and any(read_rows(folder / "rounds.jsonl")):
+        raise JournalError(
+            f"{folder / JOURNAL_FILE}: holds no round, but rounds.jsonl does; restore the journal "
+            "from a copy, or start a new run"
+        )
     if past is None:
         (folder / JOURNAL_FILE).unlink(missing_ok=True)
     return past

@@ -141,6 +141,6 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """FOLDER/summary.json, or None when there is none that can be read."""
     try:
         summary = json.loads((folder / SUMMARY_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return summary if isinstance(summary, dict) else None

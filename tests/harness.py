@@ -64,7 +64,7 @@ class Digests(NamedTuple):
 # -- waiting and reading
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 90.0) -> Any:
     """The first true value of `condition`; fails the test after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -80,7 +80,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
 
 
-def wait_for_round(run: Path, number: int, timeout_s: float = 60.0) -> None:
+def wait_for_round(run: Path, number: int, timeout_s: float = 120.0) -> None:
     """Return once the server has recorded round `number` of the run folder `run`."""
     what = f"round {number} of {run.name}"
     wait_until(lambda: len(read_jsonl(run / "rounds.jsonl")) > number, what, timeout_s)
@@ -134,7 +134,7 @@ class Child:
     def stderr(self) -> str:
         return self._err.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout_s: float = 40.0) -> None:
+    def wait_for(self, text: str, timeout_s: float = 120.0) -> None:
         """Return once `text` stands on stderr; fails when the process ends before."""
 
         def seen() -> bool:
@@ -145,7 +145,7 @@ class Child:
 
         wait_until(seen, f"{text!r} from {self.name}", timeout_s)
 
-    def finish(self, timeout_s: float = 60.0) -> int:
+    def finish(self, timeout_s: float = 120.0) -> int:
         """The exit code; fails when the process does not end in time."""
         try:
             return self.process.wait(timeout_s)
@@ -219,7 +219,7 @@ class Bench:
         return child
 
     def run(
-        self, *arguments: str, timeout_s: float = 60.0, cwd: Path | None = None,
+        self, *arguments: str, timeout_s: float = 120.0, cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> Child:  # fmt: skip
         """Start a command and wait for its end."""

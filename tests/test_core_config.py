@@ -212,3 +212,15 @@ def test_every_field_counts_in_the_digest():
             digests.append(msgspec.structs.replace(config, **{name: changed}).sha256())
     assert len(digests) > 30
     assert len(set(digests)) == len(digests)
+
+
+def test_an_override_at_fault_is_named_instead_of_the_file():
+    with pytest.raises(ConfigError, match=r"^--set 'method.tau=abc': method.tau: Expected `int`"):
+        load_config(DIGITS, ["method.tau=abc"])
+
+
+@pytest.mark.parametrize("field", ["wire.packet_limit", "emulation.max_packet_bytes"])
+def test_a_packet_limit_below_the_smallest_message_is_refused(field):
+    with pytest.raises(ConfigError, match=f"{field}: 511 is below 512"):
+        load_config(DIGITS, [f"{field}=511"])
+    load_config(DIGITS, [f"{field}=512"])

@@ -298,3 +298,15 @@ def test_useless_frames_do_not_put_the_stall_off():
     desk.differences(1, 2, 5)
     desk.joined(0)  # an idle device repeats itself
     assert desk.machine.wake_s() == 1100.0
+
+
+def test_a_device_that_comes_and_goes_does_not_put_off_the_stall():
+    desk = Desk()
+    desk.start()
+    for _ in range(14):
+        desk.left(0)
+        desk.now_s += 9.0  # within rejoin_s
+        desk.joined(0)
+        desk.tick()
+    assert desk.machine.finished is not None
+    assert desk.machine.finished.outcome is Outcome.STALLED

@@ -139,7 +139,9 @@ def mistaken(bed) -> dict[str, Child]:
             "mute": mute.getsockname()[1],
         }  # fmt: skip
         children = pool.map(
-            lambda m: bed.bench.run(*(part.format(**places) for part in m.command), timeout_s=40.0),
+            lambda m: bed.bench.run(
+                *(part.format(**places) for part in m.command), timeout_s=120.0
+            ),
             MISTAKES,
         )
         return dict(zip(NAMES, children, strict=True))

@@ -33,7 +33,7 @@ from wire_protocol.events import (
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.mqtt_stream import Payload
 from wire_protocol.paho_client import CountingClient
-from wire_protocol.parts import MAX_PARTS, Joiner, is_part, split
+from wire_protocol.parts import MAX_PARTS, MIN_PACKET_BYTES, Joiner, is_part, split
 
 __all__ = [
     "DEFAULT_PORT", "MIN_PACKET_BYTES", "Address", "Connected", "Disconnected", "Link", "LinkEvent",
@@ -53,9 +53,6 @@ _RECONNECT_FIRST_S: Final = (0.3, 1.0)
 _RECONNECT_MAX_S: Final = (6.0, 10.0)
 # What goes around a payload: fixed header 5, topic length 2, packet id 2, properties 1 (MQTT 5).
 _PUBLISH_BYTES: Final = 10
-# Room for CONNECT with client id and will, for SUBSCRIBE, and for a part's header on the longest
-# topic with some data behind it.
-MIN_PACKET_BYTES: Final = 512
 _FALLBACK_S: Final = 2.0
 # Connections in a row that lasted less than this are what two clients with one id do to each other.
 _SHORT_LIFE_S: Final = 3.0
@@ -269,7 +266,7 @@ class Link:
         taken_over = code.getName() == "Session taken over"
         largest = self._client.largest_in_flight
         # What was not acknowledged is sent again at once: who cuts for its size cuts again.
-        again = short and largest[0] > 0 and largest == self._suspect
+        again = short and largest[0] > MIN_PACKET_BYTES and largest == self._suspect
         self._suspect = largest
         if taken_over:
             self._end(f"another client connected with the same id, {self._client_id!r}")

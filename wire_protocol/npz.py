@@ -33,7 +33,8 @@ def parse_npz(file: IO[bytes], names: tuple[str, ...], where: str) -> dict[str, 
         files = archive.files if isinstance(archive, NpzFile) else []
         arrays = {name: archive[name] for name in files}
     except _DAMAGE as error:
-        raise InputError(f"{where}: not a readable npz file ({_line(error)})") from error
+        why = "objects, which would need pickle" if "pickle" in str(error) else _line(error)
+        raise InputError(f"{where}: not a readable npz file ({why})") from error
     for name in names:
         if not isinstance(arrays.get(name), np.ndarray):
             there = ", ".join(map(repr, [*arrays][:_NAMED])) or "nothing"

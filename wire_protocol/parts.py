@@ -24,6 +24,9 @@ from typing import Final, NamedTuple
 from wire_protocol.errors import HeaderError
 from wire_protocol.mqtt_stream import Payload
 
+# Room for CONNECT with client id and will, for SUBSCRIBE, and for a part's header on the longest
+# topic with some data behind it.
+MIN_PACKET_BYTES: Final = 512
 MAGIC: Final = b"MUSP"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct("<4sB3sIII32s")
