@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Key = TypeVar("Key")  # names a piece of work
 
 # A repetition calls each function as often as this takes, to be long against the clock's steps.
 _AT_LEAST_S = 0.02
@@ -25,18 +27,18 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+def in_turns(works: Mapping[Key, Callable[[], object]], repetitions: int) -> dict[Key, list[float]]:
     """Seconds a call of each work, one value a repetition; the works alternate.
 
     A load that comes and goes meets all of them alike: only their ratios are meant to be read.
     """
-    counts: dict[str, int] = {}
+    counts: dict[Key, int] = {}
     for name, work in works.items():
         work()  # warm caches, lazy imports
         begin_s = time.perf_counter()
         work()
         counts[name] = max(1, round(_AT_LEAST_S / (time.perf_counter() - begin_s + 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    seconds: dict[Key, list[float]] = {name: [] for name in works}
     for _ in range(repetitions):
         for name, work in works.items():
             begin_s = time.perf_counter()

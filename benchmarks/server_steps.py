@@ -9,16 +9,15 @@ one thread; a ratio is the median over the repetitions' own ratios.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks.rows import Row
+from benchmarks.rows import Row, in_turns, ratio_row
 from export.cuts import cut_model
 from export.models import build_model
 from server_node.config import ServerSection
@@ -77,10 +76,9 @@ def _over_forwards(case: Case, directions: int, repetitions: int) -> Row:
         for _ in range(2 * directions * TAU):
             module(h)
 
-    raw = _in_turns({"steps_s": steps, "forwards_s": forwards}, repetitions)
-    ratios = [a / b for a, b in zip(raw["steps_s"], raw["forwards_s"], strict=True)]
+    raw = in_turns({"steps_s": steps, "forwards_s": forwards}, repetitions)
     name = f"{TAU} server steps over their {2 * directions * TAU} forwards, {case.name} half"
-    return Row(f"{name}, K_s = {directions}", statistics.median(ratios), LIMIT, raw)
+    return ratio_row(f"{name}, K_s = {directions}", LIMIT, raw["steps_s"], raw["forwards_s"], raw)
 
 
 def _throughput(case: Case, repetitions: int) -> list[Row]:
@@ -93,7 +91,7 @@ def _throughput(case: Case, repetitions: int) -> list[Row]:
         for kind in (("cpu", "cuda") if cuda else ("cpu",))
         for replicas in (1, REPLICAS)
     }
-    seconds = _in_turns(works, repetitions)
+    seconds = in_turns(works, repetitions)
     base = statistics.median(seconds["cpu", 1])
     rows = []
     for (kind, replicas), raw in seconds.items():
@@ -141,15 +139,3 @@ def _activations(case: Case, count: int) -> list[NDArray[np.float32]]:
     return [
         values.standard_normal((BATCH, *case.shape)).astype(np.float32) for _ in range(count)
     ]  # fmt: skip
-
-
-def _in_turns(works: dict[Any, Callable[[], None]], repetitions: int) -> dict[Any, list[float]]:
-    """Seconds of every piece of work in every repetition; the first round only warms up."""
-    seconds: dict[Any, list[float]] = {key: [] for key in works}
-    for repetition in range(repetitions + 1):
-        for key, work in works.items():
-            begin_s = time.perf_counter()
-            work()
-            if repetition:
-                seconds[key].append(time.perf_counter() - begin_s)
-    return seconds

@@ -354,7 +354,7 @@ class Agent:
     def _forget_run(self) -> None:
         """Nothing of this run counts for the next one, its bytes included."""
         self._drop_fetch()
-        self._welcome = self._trainer = self._work = None
+        self._welcome = self._trainer = None
         self._drop_round()
         self._acknowledged_round = self._mismatch_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from server_node.recorder import read_rows
+from server_node.recorder import RoundMetrics, read_rounds
 
 PLOT_FILE: Final = "accuracy.png"
 
@@ -22,12 +22,10 @@ def plot_run(folder: Path, title: str) -> Path:
         ("", "both halves learn", "-"),
         ("control", "frozen client (eta_c = 0)", "--"),
     ):
-        rows = _evaluated(folder / name / "rounds.jsonl")
-        accuracy = [100 * row["accuracy"] for row in rows]
-        by_round.plot([row["round"] + 1 for row in rows], accuracy, style, label=label)
-        by_bytes.plot(
-            [(row["bytes_up"] + row["bytes_down"]) / 1e6 for row in rows], accuracy, style
-        )
+        rows, accuracy = _evaluated(folder / name)
+        by_round.plot([row.round + 1 for row in rows], accuracy, style, label=label)
+        megabytes = [((row.bytes_up or 0) + (row.bytes_down or 0)) / 1e6 for row in rows]
+        by_bytes.plot(megabytes, accuracy, style)
     by_round.set(xlabel="rounds", ylabel="test accuracy (%)", title=title)
     by_bytes.set(xlabel="MB on the devices' TCP streams, both ways", title="bundle not counted")
     by_bytes.set_xscale("log")
@@ -39,5 +37,7 @@ def plot_run(folder: Path, title: str) -> Path:
     return path
 
 
-def _evaluated(path: Path) -> list[dict[str, Any]]:
-    return [row for row in read_rows(path) if row["accuracy"] is not None]
+def _evaluated(folder: Path) -> tuple[list[RoundMetrics], list[float]]:
+    """The rows that were scored, and their accuracies in percent."""
+    rows = [row for row in read_rounds(folder) if row.accuracy is not None]
+    return rows, [100 * (row.accuracy or 0.0) for row in rows]

@@ -94,15 +94,11 @@ NOTHING_RECORDED = PastMetrics([], [])
 
 def read_metrics(folder: Path, run: int, rounds: list[RoundClosed], tau: int) -> PastMetrics:
     """The rows of FOLDER that belong to these closed rounds; what is damaged is left out."""
-    found: dict[int, RoundMetrics] = {}
-    for line in read_rows(folder / "rounds.jsonl"):
-        with contextlib.suppress(msgspec.ValidationError):
-            row = msgspec.convert(line, RoundMetrics)
-            found[row.round] = row
+    found = {row.round: row for row in read_rounds(folder)}
     last = max((number for number in found if number < len(rounds)), default=-1)
     rows = [found.get(number) or unmeasured(rounds[number], tau) for number in range(last + 1)]
     reports: list[DeviceReport] = []
-    for line in read_rows(folder / "devices.jsonl"):
+    for line in _read_rows(folder / "devices.jsonl"):
         with contextlib.suppress(msgspec.ValidationError):
             name = msgspec.convert(line.pop("device_id", None), str)
             index = msgspec.convert(line.pop("device", None), int)
@@ -119,7 +115,14 @@ def unmeasured(closed: RoundClosed, tau: int) -> RoundMetrics:
     return RoundMetrics(**{**nothing, **known})  # type: ignore[arg-type]  # the rest may be None
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rounds(folder: Path) -> Iterator[RoundMetrics]:
+    """The rows of FOLDER/rounds.jsonl; what is damaged is left out."""
+    for line in _read_rows(folder / "rounds.jsonl"):
+        with contextlib.suppress(msgspec.ValidationError):
+            yield msgspec.convert(line, RoundMetrics)
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file, one a line."""
     if not path.exists():
         return

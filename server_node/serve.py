@@ -24,7 +24,7 @@ from server_node.prepare import (
     control_config,
     prepare,
 )
-from server_node.recorder import read_rows
+from server_node.recorder import read_rounds
 from server_node.resume import History, Past, check_identity, read_past, rebuild
 from server_node.summary import (
     RunResult,
@@ -110,7 +110,7 @@ def resume(folder: Path, address: Address, *, connect_s: float, notify: Notify) 
 def _take_up(folder: Path) -> Past | None:
     """The past in a folder; what has no closed round makes place for a new beginning."""
     past = read_past(folder)
-    if past is None and any(read_rows(folder / "rounds.jsonl")):
+    if past is None and any(True for _ in read_rounds(folder)):
         raise JournalError(
             f"{folder / JOURNAL_FILE}: holds no round, but rounds.jsonl does; restore the journal "
             "from a copy, or start a new run"

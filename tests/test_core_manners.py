@@ -8,6 +8,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from musplit.cli import main
+from server_node.plot import plot_run
 
 NOISY = """
 import torch
@@ -42,3 +43,9 @@ def test_a_model_that_prints_does_not_spoil_machine_output(tmp_path: Path) -> No
     assert result.exit_code == 0
     assert json.loads(result.stdout)["cuts"]
     assert "HELLO" in result.stderr
+
+
+def test_a_damaged_row_is_left_out_of_the_plot(tmp_path: Path) -> None:
+    rows = ['{"round": 0, "accuracx": 0.5}', '{"round": 1', "[1]", '{"round": 2, "accuracy": "x"}']
+    (tmp_path / "rounds.jsonl").write_text("\n".join(rows) + "\n")
+    assert plot_run(tmp_path, "damaged").is_file()
