@@ -106,9 +106,10 @@ class Ledger:
         """A frame was late, a duplicate, or refused."""
         self._frames[kind] += 1
 
-    def worked(self, pieces: Sequence[Work], number: int, begin_s: float, *, waiting: bool) -> None:
+    def worked(
+        self, pieces: Sequence[Work], number: int, begin_s: float, seconds: float, *, waiting: bool
+    ) -> None:
         """Pieces of work of round `number` were done at once; `waiting`: frames were awaited."""
-        seconds = time.monotonic() - begin_s
         self.busy_s += seconds
         self.busy_waiting_s += seconds if waiting else 0.0
         for work in pieces:

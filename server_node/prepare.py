@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ def prepare(config: Config, folder: Path, past: Past | None = None) -> Experimen
 def open_run(
     experiment: Experiment, *, frozen: bool, devices: list[tuple[int, str]], outbox: Outbox,
     notify: Callable[[dict[str, Any]], None], history: History | None = None,
+    read_clock_s: Callable[[], float] = time.monotonic,
 ) -> Run:  # fmt: skip
     """Open the journal and the files of a run; `frozen` is the control with eta_c = 0.
 
@@ -111,7 +113,7 @@ def open_run(
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator,
         experiment.client.initial_parameters(), experiment.server_weights, ledger, outbox, notify,
-        history,
+        history, read_clock_s,
     )  # fmt: skip
 
 

@@ -68,17 +68,19 @@ class Outbox(Protocol):
 
 
 class Run:
-    """State of one run between events. All times come from `time.monotonic`."""
+    """State of one run between events. All times come from the clock it is given."""
 
     def __init__(
         self, config: Config, header: Header, manifest: Manifest, half: ServerHalf,
         evaluator: Evaluator, client: Vector, server: Vector, ledger: Ledger, outbox: Outbox,
         notify: Callable[[dict[str, Any]], None], history: History | None = None,
+        read_clock_s: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """`client` (d_c,) and `server` (d_s,) are the initial weights; they are not written to."""
         self.config, self.header, self.ledger = config, header, ledger
         self._initial = client, server
         self._history = history
+        self._read_clock_s = read_clock_s
         self.client = client.copy() if history is None else history.client
         self.server = server.copy() if history is None else history.server
         self.finished: Finish | None = None
@@ -117,8 +119,8 @@ class Run:
             quorum=rule.quorum, deadline_s=rule.deadline_s, rejoin_s=rule.rejoin_s,
             stall_s=rule.stall_s, replicas=self.config.server.replicas,
         )  # fmt: skip
-        self._coordinator = Coordinator(rules, devices, time.monotonic())
-        self._perform(self._coordinator.start(time.monotonic(), self.rounds_closed))
+        self._coordinator = Coordinator(rules, devices, self._read_clock_s())
+        self._perform(self._coordinator.start(self._read_clock_s(), self.rounds_closed))
 
     @property
     def complete(self) -> bool:
@@ -152,19 +154,19 @@ class Run:
         else:
             for commit in self._commits[next_round : next_round + _CATCH_UP_COMMITS]:
                 self._outbox.send(device, commit)
-        self._perform(self._coordinator.joined(device, time.monotonic()))
+        self._perform(self._coordinator.joined(device, self._read_clock_s()))
 
     def left(self, device: int) -> None:
         """A device's connection ended."""
         if self._coordinator is not None:
-            self._perform(self._coordinator.left(device, time.monotonic()))
+            self._perform(self._coordinator.left(device, self._read_clock_s()))
 
     def frame(self, device: int, frame: Frame) -> None:
         """A device's tensor. Raises FrameFaultError when it does not fit this run."""
         coordinator = self._coordinator
         if coordinator is None:
             return
-        now_s = time.monotonic()
+        now_s = self._read_clock_s()
         check_frame(frame, self.config, self._manifest)
         self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:
@@ -181,12 +183,12 @@ class Run:
     def tick(self) -> None:
         """Let time pass."""
         if self._coordinator is not None:
-            self._perform(self._coordinator.tick(time.monotonic()))
+            self._perform(self._coordinator.tick(self._read_clock_s()))
 
     def idle_s(self, at_most_s: float) -> float:
         """How long nothing happens unless a message comes: until the next `tick` is due."""
         wake_s = self._coordinator.wake_s() if self._coordinator is not None else None
-        due_s = at_most_s if wake_s is None else wake_s - time.monotonic()
+        due_s = at_most_s if wake_s is None else wake_s - self._read_clock_s()
         return min(at_most_s, max(_MIN_IDLE_S, due_s))
 
     # -- work --------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ class Run:
         if work is None or self._coordinator is None or self.finished:
             return False
         waiting = self._coordinator.waiting
-        begin_s = time.monotonic()
+        begin_s = self._read_clock_s()
         number = self._coordinator.round
         pieces: Sequence[Work]
         if isinstance(work, Step):
@@ -206,25 +208,26 @@ class Run:
         else:
             pieces = [work]
             actions = self._measure(work, self._coordinator)
-        self.ledger.worked(pieces, number, begin_s, waiting=waiting)
+        seconds = self._read_clock_s() - begin_s
+        self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
         self._perform(actions)
         return True
 
     def _step(self, steps: list[Step], coordinator: Coordinator) -> list[Action]:
-        begin_s = time.monotonic()
+        begin_s = self._read_clock_s()
         turns = [
             Turn(s.slot, s.device, self._batches[s.device], self._stepped.setdefault(s.device, []))
             for s in steps
         ]
         rows = self._half.steps(turns)
-        pad_s = self.config.server.min_step_s - (time.monotonic() - begin_s)
+        pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
         if pad_s > 0:
             time.sleep(pad_s)
         actions: list[Action] = []
         for turn, scalars in zip(turns, rows, strict=True):
             turn.done.append(scalars)
             # Only the last can close the round: those behind it are not complete.
-            actions += coordinator.stepped(turn.device, scalars, time.monotonic())
+            actions += coordinator.stepped(turn.device, scalars, self._read_clock_s())
         return actions
 
     def _measure(self, work: Measure, coordinator: Coordinator) -> list[Action]:
@@ -232,7 +235,7 @@ class Run:
             work.device, self._batches[work.device],
             self._differences.pop((work.device, work.first_k)), self._stepped[work.device],
         )  # fmt: skip
-        return coordinator.measured(work.device, work.first_k, scalars, time.monotonic())
+        return coordinator.measured(work.device, work.first_k, scalars, self._read_clock_s())
 
     # -- actions -----------------------------------------------------------------------------
 
@@ -293,7 +296,7 @@ class Run:
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
         self._outbox.broadcast(commit)
-        self._closed = closed, time.monotonic()
+        self._closed = closed, self._read_clock_s()
 
     def _due(self, number: int) -> bool:
         """True for rounds that are evaluated."""
