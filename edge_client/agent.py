@@ -231,8 +231,9 @@ class Agent:
     def _take_snapshot(self, fetch: BlobFetch) -> None:
         snapshot, trainer = self._snapshot, self._trainer
         if snapshot is not None and trainer is not None:
-            whole = fetch.finish(as_octets(trainer.scratch))
-            if whole and trainer.restore(trainer.scratch, snapshot.next_round):
+            scratch = trainer.scratch
+            whole = fetch.finish(as_octets(scratch))
+            if whole and trainer.restore(scratch, snapshot.next_round):
                 self._drop_round()
         self._drop_fetch()
         self._ready()
@@ -279,7 +280,7 @@ class Agent:
                 pass  # the fetch under way comes first; what it leaves missing is asked for after
             case Snapshot() if (
                 message.next_round > trainer.next_round
-                and message.size_bytes == trainer.theta.nbytes
+                and message.size_bytes == trainer.state.nbytes
             ):
                 self._snapshot = message
                 self._request(self._store.fetch_snapshot(message.sha256, message.size_bytes))
@@ -429,5 +430,5 @@ class Agent:
         if trainer is not None and (force or now_s - self._saved_s >= SAVE_EVERY_S):
             self._saved_s = now_s
             self._store.save_weights(
-                SavedWeights(trainer.welcome.run, trainer.next_round, trainer.theta)
+                SavedWeights(trainer.welcome.run, trainer.next_round, trainer.state)
             )

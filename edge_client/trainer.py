@@ -11,8 +11,8 @@ from edge_client.bundle import Bundle
 from edge_client.pacing import PacedSession
 from edge_client.shard import Shard
 from edge_client.zo_step import Activation, PhaseClock, zo_step
+from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
-from wire_protocol.estimator import apply_terms, client_terms
 from wire_protocol.frames import Frame, FrameKind, encode_frame
 from wire_protocol.manifest import prepare_inputs, sha256
 from wire_protocol.messages import Commit, Report, Welcome
@@ -21,7 +21,7 @@ _NO_LABELS = np.empty(0, np.uint32)
 
 
 class Trainer:
-    """Client half of one run. `theta` (d_c,) are the weights before round `next_round`."""
+    """Client half of one run. `state` is that before round `next_round`: weights and optimiser."""
 
     def __init__(
         self,
@@ -32,7 +32,8 @@ class Trainer:
         read_clock_s: Callable[[], float],
     ) -> None:
         self.welcome = welcome
-        self.theta = bundle.initial_parameters()
+        rule = ClientRule(welcome.optimiser, welcome.momentum, welcome.beta2)
+        self._client = ClientState(rule, bundle.initial_parameters())
         self.next_round = 0
         self._bundle = bundle
         self._session = session
@@ -42,6 +43,16 @@ class Trainer:
         self._clock = PhaseClock(read_clock_s)
         self._measured_round: int | None = None
         self._sent_s = 0.0
+
+    @property
+    def theta(self) -> NDArray[np.float32]:
+        """The weights (d_c,)."""
+        return self._client.theta
+
+    @property
+    def state(self) -> NDArray[np.float32]:
+        """The weights and the optimiser's state."""
+        return self._client.state
 
     def steps(self, epoch: int) -> Iterator[bytes | None]:
         """Compute round `next_round`: frames to send as they are ready, None between directions."""
@@ -80,28 +91,29 @@ class Trainer:
         bundle: `next_round` is 0 then, and the caller asks for what is missing. Raises BundleError.
         """
         begin_s = self._read_clock_s()
-        terms = client_terms(self.welcome.run_seed, self.welcome.lam, commit)
-        apply_terms(self.theta, terms, self._generator)
+        self._client.apply(commit, self.welcome.run_seed, self.welcome.lam, self._generator)
         self.next_round = commit.round + 1
-        if commit.client_sha256 and sha256(self.theta) != commit.client_sha256:
+        if commit.client_sha256 and sha256(self.state) != commit.client_sha256:
             self.start_over()
         return self._read_clock_s() - begin_s
 
     def start_over(self) -> None:
         """Back to the bundle's weights and round 0."""
         self._bundle.read_weights(self.theta.view(np.uint8))
+        self._client.start_over()
         self.next_round = 0
 
     @property
     def scratch(self) -> NDArray[np.float32]:
-        """A buffer (d_c,) that is free between rounds: what is read there can be restored."""
-        return self._session.parameters
+        """A buffer as long as `state`, free between rounds: what is read there can be restored."""
+        buffer = self._session.parameters
+        return buffer if len(buffer) == len(self.state) else np.empty_like(self.state)
 
     def restore(self, weights: NDArray[np.float32], next_round: int) -> bool:
         """Take saved weights or a snapshot; False when their number is not this model's."""
-        if weights.shape != self.theta.shape:
+        if weights.shape != self.state.shape:
             return False
-        self.theta[...] = weights
+        self.state[...] = weights
         self.next_round = next_round
         return True
 

@@ -21,9 +21,8 @@ from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
-from wire_protocol.directions import directions_digest
 from wire_protocol.frames import decode_frame
-from wire_protocol.messages import Commit, DownMessage, Round, Welcome
+from wire_protocol.messages import Commit, DownMessage, Round
 
 
 class InProcessFleet:
@@ -86,15 +85,7 @@ class InProcessFleet:
 
     def _trainer(self, run: Run, index: int) -> Trainer:
         config = run.config
-        welcome = Welcome(
-            run=run.header.run, run_seed=config.run.seed, epoch=0, device=index,
-            manifest_sha256=self._bundle.digest,
-            manifest_bytes=len(self._experiment.client.manifest_data),
-            directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
-            batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
-            encoding=config.wire.encoding, compression=config.wire.compression,
-            next_round=run.rounds_closed,
-        )  # fmt: skip
+        welcome = run.welcome(index, 0, len(self._experiment.client.manifest_data))
         session = ClientSession(self._bundle, config.devices.batch, config.devices.threads)
         paced = PacedSession(session, speed=1.0, delay_s=0.0)
         return Trainer(welcome, paced, self._bundle, self._shards[index], time.monotonic)

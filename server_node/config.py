@@ -8,13 +8,25 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
-from msgspec import Meta, Struct
 
 from server_node.errors import ConfigError
-from wire_protocol.encodings import Compression, Encoding
+from server_node.sections import (
+    DataSection,
+    DevicesSection,
+    EmulationSection,
+    EvaluationSection,
+    GuardsSection,
+    MethodSection,
+    ModelSection,
+    RoundSection,
+    RunSection,
+    Section,
+    ServerSection,
+    WireSection,
+)
 from wire_protocol.errors import InputError
 from wire_protocol.messages import MAX_CONTROL_BYTES
 from wire_protocol.parts import MIN_PACKET_BYTES
@@ -23,121 +35,8 @@ from wire_protocol.topics import check_name
 # A commit's share of one device beside its scalars, generously.
 _ENTRY_BYTES: Final = 32
 
-AtLeast1 = Annotated[int, Meta(ge=1, le=1_000_000)]
-Count = Annotated[int, Meta(ge=0, le=1_000_000)]
-# The upper bounds keep out infinity, and steps that no float32 holds.
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Positive = Annotated[float, Meta(gt=0, le=1e30)]
-NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
-Speed = Annotated[float, Meta(gt=0, le=1)]
-# Up to what MQTT itself allows (3.1.1, section 2.2.3).
-PacketLimit = Annotated[int, Meta(ge=0, le=268_435_455)]
-Fraction = Annotated[float, Meta(ge=0, lt=1)]
 
-
-class _Section(Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class RunSection(_Section, frozen=True):
-    """Which run, how long, for whom."""
-
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    rounds: AtLeast1 = 200
-    fleet: str = "lab"
-
-
-class ModelSection(_Section, frozen=True):
-    """What is trained, and where it is cut."""
-
-    name: str = "mlp:64-32-32-10"
-    cut: str = "fc1"
-    # One shape, or one text per input: "1,28,28", "int:64" (export/inputs.py).
-    input_shape: Annotated[list[AtLeast1 | str], Meta(max_length=8)] = []
-    weights: str = ""
-
-
-class DataSection(_Section, frozen=True):
-    """What it is trained on."""
-
-    source: str = "digits"
-    channels_last: bool = False
-    pool: AtLeast1 = 1
-    scale: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
-    standardise: Literal["none", "global", "feature"] = "global"
-    alpha: NotNegative = 0.0
-    holdout: Fraction = 0.0
-    window: Count = 0
-    stride: Count = 0
-    label: str = "label"
-    group: str = ""
-
-
-class DevicesSection(_Section, frozen=True):
-    """The fleet."""
-
-    count: AtLeast1 = 8
-    participants: Count = 0
-    batch: AtLeast1 = 32
-    threads: AtLeast1 = 1
-
-
-class MethodSection(_Section, frozen=True):
-    """MU-SplitFed: directions, steps and tau."""
-
-    tau: AtLeast1 = 16
-    directions_client: AtLeast1 = 16
-    directions_server: AtLeast1 = 1
-    eta_c: NotNegative = 0.2
-    eta_s: NotNegative = 0.015
-    eta_g: Positive = 1.0
-    lam: Annotated[float, Meta(ge=1e-9, le=1e3)] = 1e-3
-    schedule: Literal["constant", "cosine"] = "cosine"
-
-
-class RoundSection(_Section, frozen=True):
-    """How long a round waits, and for whom."""
-
-    quorum: Count = 0
-    deadline_s: Seconds = 0.0
-    rejoin_s: Seconds = 60.0
-    stall_s: Positive = 300.0
-    lobby_s: Positive = 300.0
-
-
-class WireSection(_Section, frozen=True):
-    """How tensors cross the network."""
-
-    encoding: Encoding = "float32"
-    compression: Compression = "none"
-    packet_limit: PacketLimit = 0
-
-
-class ServerSection(_Section, frozen=True):
-    """Where the server half computes."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: AtLeast1 = 1
-    replicas: AtLeast1 = 1
-    min_step_s: Seconds = 0.0
-
-
-class EvaluationSection(_Section, frozen=True):
-    """When the test set is scored."""
-
-    every: AtLeast1 = 10
-    control: bool = True
-
-
-class EmulationSection(_Section, frozen=True):
-    """What an emulated fleet is slowed by; ignored by real boards."""
-
-    speed: list[Speed] = []
-    delay_s: list[Seconds] = []
-    max_packet_bytes: PacketLimit = 0
-
-
-class Config(_Section, frozen=True):
+class Config(Section, frozen=True):
     """One run. Sections and fields are those of the TOML file."""
 
     run: RunSection = RunSection()
@@ -146,6 +45,7 @@ class Config(_Section, frozen=True):
     devices: DevicesSection = DevicesSection()
     method: MethodSection = MethodSection()
     round: RoundSection = RoundSection()
+    guards: GuardsSection = GuardsSection()
     wire: WireSection = WireSection()
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -11,7 +11,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from server_node.config import DataSection
 from server_node.errors import DataError
 from server_node.idx import is_idx_folder, read_idx_folder
 from server_node.samples import (
@@ -22,6 +21,7 @@ from server_node.samples import (
     hold_out,
     seeded_order,
 )
+from server_node.sections import DataSection
 from server_node.sensor_csv import read_sensor_csv
 from wire_protocol.errors import InputError
 from wire_protocol.npz import input_arrays, parse_npz

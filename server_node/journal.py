@@ -1,6 +1,6 @@
 """The journal: append-only, the truth of a run.
 
-File: magic "MUSJ", version 1, three zero bytes; then records. Record: length (u32), CRC-32 (u32)
+File: magic "MUSJ", version 2, three zero bytes; then records. Record: length (u32), CRC-32 (u32)
 of the body, body (one msgpack map or array with a type tag). A record cut short at the end of the
 file is what a crash leaves, and is dropped; a checksum that does not match is damage, and is told.
 A reader that only looks keeps going behind damage; one that will append refuses it.
@@ -23,10 +23,11 @@ from msgspec import Meta, Struct
 
 from server_node.errors import JournalError
 from server_node.files import sync_folder
-from wire_protocol.messages import U32
+from wire_protocol.client_optimiser import ClientRule
+from wire_protocol.messages import U32, ClientOptimiser
 
 JOURNAL_FILE: Final = "journal.bin"
-_MAGIC: Final = b"MUSJ\x01\0\0\0"
+_MAGIC: Final = b"MUSJ\x02\0\0\0"
 _RECORD: Final = struct.Struct("<II")
 # Far above any commit: M devices x (K + tau K_s) float32.
 _MAX_RECORD_BYTES: Final = 1 << 28
@@ -45,6 +46,14 @@ class Header(Struct, frozen=True, tag="run", forbid_unknown_fields=True):
     server_threads: int
     server_replicas: int
     environment: dict[str, str]
+    client_optimiser: ClientOptimiser
+    momentum: float
+    beta2: float
+
+    @property
+    def client_rule(self) -> ClientRule:
+        """What makes a step of a commit."""
+        return ClientRule(self.client_optimiser, self.momentum, self.beta2)
 
 
 class DeviceJoined(Struct, frozen=True, tag="device", array_like=True):
@@ -58,10 +67,12 @@ class Share(Struct, frozen=True, array_like=True):
     """One device's share of a round; scalars are float32, little-endian."""
 
     device: U32
-    weight: float
+    weight: float  # of the client half's step
     client_scalars: bytes  # (K,)
-    server_scalars: bytes  # (tau, K_s), row-major
+    server_weight: float
+    server_scalars: bytes  # (tau, K_s), row-major; empty in first order
     directions_server: Annotated[int, Meta(ge=1)]  # K_s
+    staleness: U32 = 0  # its directions are those of round `round - staleness`
 
 
 class RoundClosed(Struct, frozen=True, tag="round", array_like=True):
@@ -72,6 +83,15 @@ class RoundClosed(Struct, frozen=True, tag="round", array_like=True):
     eta_s: float
     eta_g: float
     shares: list[Share]
+
+
+class Guarded(Struct, frozen=True, tag="guard", array_like=True):
+    """A guard intervened in round `round`, for a device or (-1) for all; the scalars show it."""
+
+    round: U32
+    device: int
+    guard: str
+    value: float
 
 
 class Digests(Struct, frozen=True, tag="digests", array_like=True):
@@ -98,7 +118,7 @@ class Resumed(Struct, frozen=True, tag="resumed", array_like=True):
     environment: dict[str, str]
 
 
-Record = DeviceJoined | RoundClosed | Digests | Ended | Resumed
+Record = DeviceJoined | RoundClosed | Guarded | Digests | Ended | Resumed
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _HEADER_DECODER: Final = msgspec.msgpack.Decoder(Header)

@@ -10,8 +10,8 @@ from typing import Final
 
 import torch
 
-from server_node.config import ServerSection
 from server_node.errors import ConfigError
+from server_node.sections import ServerSection
 
 _VERSIONED: Final = ("musplit", "torch", "numpy", "onnxruntime", "onnx", "paho-mqtt", "msgspec")
 # Environment variables by which the libraries under torch choose kernels and threads.

@@ -14,7 +14,6 @@ from server_node.fleet import Fleet, Member
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
-from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, QueueFullError, TransportError
 from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.messages import (
@@ -28,7 +27,6 @@ from wire_protocol.messages import (
     Refused,
     Report,
     UpMessage,
-    Welcome,
     decode_up,
     encode,
 )
@@ -296,19 +294,10 @@ class Node:
         run = self._run
         if run is None or member.index is None or member.join is None:
             return
-        config = run.config
         self._down(
             member.device_id,
-            Welcome(
-                run=run.header.run, run_seed=config.run.seed, epoch=member.epoch,
-                device=member.index, manifest_sha256=self._experiment.exported.digest,
-                manifest_bytes=len(self._experiment.client.manifest_data),
-                directions_sha256=directions_digest(config.run.seed), lam=config.method.lam,
-                batch=config.devices.batch, directions=run.directions, rounds=config.run.rounds,
-                encoding=config.wire.encoding, compression=config.wire.compression,
-                next_round=run.rounds_closed,
-            ),
-        )  # fmt: skip
+            run.welcome(member.index, member.epoch, len(self._experiment.client.manifest_data)),
+        )
 
     def _feed(self) -> None:
         """Serve the blobs that devices asked for, as fast as the broker takes them."""

@@ -107,7 +107,8 @@ def open_run(
             server_weights_sha256=experiment.server_weights_sha256,
             config_sha256=config.sha256(), server_device=config.server.device,
             server_threads=config.server.threads, server_replicas=config.server.replicas,
-            environment=environment(),
+            environment=environment(), client_optimiser=config.method.client_optimiser,
+            momentum=config.method.momentum, beta2=config.method.beta2,
         )  # fmt: skip
         ledger = Ledger.begin(folder, header, devices)
     return Run(

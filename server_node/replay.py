@@ -24,8 +24,9 @@ from server_node.journal import (
     Share,
     read_journal,
 )
+from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator
-from wire_protocol.estimator import apply_terms, client_terms, server_terms, step_scale
+from wire_protocol.estimator import apply_terms, server_terms, step_scale
 from wire_protocol.manifest import MANIFEST_FILE, WEIGHTS_FILE, check_blob, parse_manifest, sha256
 from wire_protocol.messages import Commit, Entry
 
@@ -45,16 +46,16 @@ class ReplayResult(NamedTuple):
 
 def client_commit(run: int, closed: RoundClosed, client_sha256: str = "") -> Commit:
     """The commit that devices replay: the client's part of a journaled round."""
-    entries = [Entry(s.device, s.weight, s.client_scalars) for s in closed.shares]
+    entries = [Entry(s.device, s.weight, s.client_scalars, s.staleness) for s in closed.shares]
     return Commit(run, closed.round, closed.eta_c, closed.eta_g, entries, client_sha256)
 
 
 def apply_client(
-    weights: Vector, header: Header, closed: RoundClosed, generator: DirectionGenerator
+    client: ClientState, header: Header, closed: RoundClosed, generator: DirectionGenerator
 ) -> None:
-    """Step the client half (d_c,) in place by one journaled round."""
+    """Step the client half in place by one journaled round."""
     commit = client_commit(header.run, closed)
-    apply_terms(weights, client_terms(header.run_seed, header.lam, commit), generator)
+    client.apply(commit, header.run_seed, header.lam, generator)
 
 
 def apply_server(
@@ -64,9 +65,11 @@ def apply_server(
     for share in closed.shares:
         scalars = share_scalars(share)
         scale = step_scale(
-            closed.eta_s, header.lam, share.directions_server, closed.eta_g * share.weight
+            closed.eta_s, header.lam, share.directions_server, closed.eta_g * share.server_weight
         )
-        terms = server_terms(header.run_seed, share.device, closed.round, scalars, scale)
+        terms = server_terms(
+            header.run_seed, share.device, closed.round - share.staleness, scalars, scale
+        )
         apply_terms(weights, terms, generator)
 
 
@@ -81,7 +84,8 @@ def replay(folder: Path, halves: Path) -> ReplayResult:
     """Replay FOLDER/journal.bin on HALVES/client and HALVES/server. Raises InputErrors."""
     journal = read_journal(folder / JOURNAL_FILE)
     header = journal.header
-    client, server = _initial_weights(halves, header)
+    weights, server = _initial_weights(halves, header)
+    client = ClientState(header.client_rule, weights)
     generator = DirectionGenerator()
     notes = list(journal.damage)
     matches: bool | None = None
@@ -95,13 +99,14 @@ def replay(folder: Path, halves: Path) -> ReplayResult:
             apply_server(server, header, record, generator)
             rounds += 1
         elif isinstance(record, Digests):
-            same = (sha256(client), sha256(server)) == (record.client_sha256, record.server_sha256)
+            have = sha256(client.state), sha256(server)
+            same = have == (record.client_sha256, record.server_sha256)
             if not same and matches is not False:
                 notes.append(f"digests differ from the journaled ones after {rounds} rounds")
             matches = same and matches is not False
         elif isinstance(record, Ended | Resumed):
             complete = isinstance(record, Ended) and record.reason == Outcome.COMPLETE.value
-    return ReplayResult(rounds, sha256(client), sha256(server), matches, complete, notes)
+    return ReplayResult(rounds, sha256(client.state), sha256(server), matches, complete, notes)
 
 
 def _initial_weights(halves: Path, header: Header) -> tuple[Vector, Vector]:

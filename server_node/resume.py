@@ -26,6 +26,7 @@ from server_node.journal import (
     read_to_continue,
 )
 from server_node.replay import apply_client, apply_server, client_commit
+from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.errors import InputError
 from wire_protocol.manifest import sha256
@@ -79,7 +80,7 @@ class History(NamedTuple):
     """The past of a run with the weights it came to."""
 
     past: Past
-    client: Vector  # (d_c,)
+    client: ClientState
     server: Vector  # (d_s,)
     commits: list[Commit]  # of every closed round
     notes: list[str]  # what was damaged, and what was done about it
@@ -129,14 +130,18 @@ def rebuild(past: Past, client: Vector, server: Vector) -> History:
     """
     header, rounds, digests = past.header, past.rounds, past.digests
     notes = list(past.journal.damage)
-    start = _checkpoint(past, client, server, notes) or Checkpoint(0, client, server)
-    client, server = start.client.copy(), start.server.copy()
+    state = ClientState(header.client_rule, client)
+    found = _checkpoint(past, state.state, server, notes)
+    start = found or Checkpoint(0, state.state, server)
+    state.state[...] = start.client
+    server = start.server.copy()
     generator = DirectionGenerator()
     for number in range(start.next_round, len(rounds)):
-        apply_client(client, header, rounds[number], generator)
+        apply_client(state, header, rounds[number], generator)
         apply_server(server, header, rounds[number], generator)
         known = digests.get(number + 1)
-        if known and (sha256(client), sha256(server)) != (known.client_sha256, known.server_sha256):
+        have = sha256(state.state), sha256(server)
+        if known and have != (known.client_sha256, known.server_sha256):
             raise JournalError(
                 f"{past.folder / JOURNAL_FILE}: its rounds up to {number} do not lead to the "
                 "digests it holds; the run cannot be continued"
@@ -147,7 +152,7 @@ def rebuild(past: Past, client: Vector, server: Vector) -> History:
         )
         for number, record in enumerate(rounds, 1)
     ]
-    return History(past, client, server, commits, notes)
+    return History(past, state, server, commits, notes)
 
 
 def _checkpoint(past: Past, client: Vector, server: Vector, notes: list[str]) -> Checkpoint | None:

@@ -37,10 +37,11 @@ from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.resume import History
 from server_node.schedule import step_factor
-from wire_protocol.directions import DirectionGenerator
+from wire_protocol.client_optimiser import ClientState
+from wire_protocol.directions import DirectionGenerator, directions_digest
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
 from wire_protocol.manifest import Manifest, sha256
-from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, encode
+from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, Welcome, encode
 
 Vector = NDArray[np.float32]
 
@@ -81,7 +82,9 @@ class Run:
         self._initial = client, server
         self._history = history
         self._read_clock_s = read_clock_s
-        self.client = client.copy() if history is None else history.client
+        self._client = (
+            ClientState(header.client_rule, client) if history is None else history.client
+        )
         self.server = server.copy() if history is None else history.server
         self.finished: Finish | None = None
         self.scores: Scores | None = None
@@ -99,6 +102,16 @@ class Run:
         self._batches: dict[int, ActivationBatch] = {}
         self._differences: dict[tuple[int, int], Vector] = {}
         self._stepped: dict[int, list[list[float]]] = {}
+
+    @property
+    def client(self) -> Vector:
+        """Weights (d_c,) of the client half."""
+        return self._client.theta
+
+    @property
+    def client_state(self) -> Vector:
+        """They and the optimiser's state: what digests are of, and snapshots carry."""
+        return self._client.state
 
     # -- events ------------------------------------------------------------------------------
 
@@ -141,15 +154,29 @@ class Run:
         elements = batch * math.prod(self._manifest.activation.shape) * max(1, self.directions)
         return HEADER_BYTES + 4 * (elements + batch)
 
+    def welcome(self, device: int, epoch: int, manifest_bytes: int) -> Welcome:
+        """What a device must know of this run."""
+        config, method = self.config, self.config.method
+        return Welcome(
+            run=self.header.run, run_seed=config.run.seed, epoch=epoch, device=device,
+            manifest_sha256=self.header.manifest_sha256, manifest_bytes=manifest_bytes,
+            directions_sha256=directions_digest(config.run.seed), lam=method.lam,
+            batch=config.devices.batch, directions=self.directions, rounds=config.run.rounds,
+            encoding=config.wire.encoding, compression=config.wire.compression,
+            next_round=self.rounds_closed, feedback=method.feedback,
+            optimiser=method.client_optimiser, momentum=method.momentum, beta2=method.beta2,
+        )  # fmt: skip
+
     def ready(self, device: int, next_round: int) -> None:
         """A device tells its round: send what it misses, then the open round."""
         if self._coordinator is None:
             return
         known = next_round <= len(self._commits)
-        if not known or sum(self._commit_bytes[next_round:]) > self.client.nbytes:
-            digest = self._outbox.offer_blob(self.client.astype("<f4").tobytes())
+        if not known or sum(self._commit_bytes[next_round:]) > self.client_state.nbytes:
+            digest = self._outbox.offer_blob(self.client_state.astype("<f4").tobytes())
+            size_bytes = self.client_state.nbytes
             self._outbox.send(
-                device, Snapshot(self.header.run, len(self._commits), digest, self.client.nbytes)
+                device, Snapshot(self.header.run, len(self._commits), digest, size_bytes)
             )
         else:
             for commit in self._commits[next_round : next_round + _CATCH_UP_COMMITS]:
@@ -277,7 +304,7 @@ class Run:
         weight = 1.0 / max(1, len(closed.contributions))
         shares = [
             Share(
-                c.device, weight, np.asarray(c.client_scalars, "<f4").tobytes(),
+                c.device, weight, np.asarray(c.client_scalars, "<f4").tobytes(), weight,
                 np.asarray(c.server_scalars, "<f4").tobytes(), method.directions_server,
             )
             for c in closed.contributions
@@ -286,12 +313,12 @@ class Run:
             closed.round, method.eta_c * factor, method.eta_s * factor, method.eta_g, shares
         )
         self.ledger.committed(record)
-        apply_client(self.client, self.header, record, self._generator)
+        apply_client(self._client, self.header, record, self._generator)
         apply_server(self.server, self.header, record, self._generator)
         self._half.load(self.server)
         self.rounds_closed += 1
         self.contributions += len(closed.contributions)
-        digest = sha256(self.client) if self._due(closed.round) else ""
+        digest = sha256(self.client_state) if self._due(closed.round) else ""
         commit = client_commit(self.header.run, record, digest)
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
@@ -322,7 +349,7 @@ class Run:
                 f"test loss {self.scores.loss:.3g} after round {self.rounds_closed - 1} against "
                 f"{self._first_loss:.3g} at the start; use smaller steps",
             )
-        self.ledger.verified(self.rounds_closed, self.client, self.server, keep=good)
+        self.ledger.verified(self.rounds_closed, self.client_state, self.server, keep=good)
 
     def _catch_up(self, history: History) -> None:
         """Do for the last round what the server was stopped in, after its commit."""
@@ -338,7 +365,7 @@ class Run:
 
     def close(self, reason: str) -> None:
         """End the journal and close all files."""
-        self.ledger.close(reason, self.rounds_closed, self.client, self.server)
+        self.ledger.close(reason, self.rounds_closed, self.client_state, self.server)
 
 
 def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:

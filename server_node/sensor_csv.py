@@ -15,9 +15,9 @@ from typing import IO, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from server_node.config import DataSection
 from server_node.errors import DataError
 from server_node.samples import Dataset
+from server_node.sections import DataSection
 from server_node.windows import SPLITS, Rows, Windows, choose_test, cut
 
 _SPLIT: Final = "split"

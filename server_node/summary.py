@@ -43,7 +43,7 @@ def result_of(run: Run, seconds: float, resumed: int) -> RunResult:
         finished.outcome.value if finished else "interrupted", finished.detail if finished else "",
         run.scores, run.rounds_closed, run.contributions, resumed, ledger.past_s + seconds,
         ledger.busy_s, ledger.busy_waiting_s, ledger.server_steps, ledger.traffic.totals(),
-        sha256(run.client), sha256(run.server), run.header.environment,
+        sha256(run.client_state), sha256(run.server), run.header.environment,
     )  # fmt: skip
 
 
@@ -54,10 +54,10 @@ def result_of_past(experiment: Experiment, history: History) -> RunResult:
     half = open_half(experiment)
     half.load(history.server)
     return RunResult(
-        past.ended, "", experiment.evaluator.scores(history.client, half), len(past.rounds),
+        past.ended, "", experiment.evaluator.scores(history.client.theta, half), len(past.rounds),
         sum(len(closed.shares) for closed in past.rounds), past.resumed, metrics.total("seconds"),
         metrics.total("server_busy_s"), metrics.total("server_busy_while_waiting_s"),
-        metrics.total("server_steps"), metrics.traffic().totals(), sha256(history.client),
+        metrics.total("server_steps"), metrics.traffic().totals(), sha256(history.client.state),
         sha256(history.server), past.header.environment,
     )  # fmt: skip
 

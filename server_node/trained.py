@@ -78,7 +78,7 @@ def evaluate_run(folder: Path, data: str | None) -> dict[str, Any]:
         halves.server.module, run.history.server, run_seed=run.config.run.seed,
         lam=run.config.method.lam, directions=1, device=torch.device(section.device), replicas=1,
     )  # fmt: skip
-    scores = evaluator.scores(run.history.client, half)
+    scores = evaluator.scores(run.history.client.theta, half)
     summary = read_summary(folder) or {}
     return {
         "accuracy": scores.accuracy, "loss": scores.loss, "samples": len(test_set.y_test),
@@ -94,4 +94,4 @@ def export_run(folder: Path, out: Path) -> Trained:
     Raises InputErrors, and ParityError.
     """
     run = open_trained(folder)
-    return export_trained(run.server, run.client, run.history.client, run.history.server, out)
+    return export_trained(run.server, run.client, run.history.client.theta, run.history.server, out)

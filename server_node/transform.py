@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ModelError
-from server_node.config import Config, DataSection
+from server_node.config import Config
 from server_node.errors import ConfigError, DataError
+from server_node.sections import DataSection
 from wire_protocol.manifest import InputSpec, Transform, prepare_input, same_shape
 from wire_protocol.messages import MAX_MANIFEST_BYTES
 

@@ -11,6 +11,7 @@ from server_node.journal import (
     DeviceJoined,
     Digests,
     Ended,
+    Guarded,
     Header,
     JournalWriter,
     RoundClosed,
@@ -22,12 +23,16 @@ HEADER = Header(
     run=(1 << 63) - 1, run_seed=3, lam=1e-3, manifest_sha256="a" * 64,
     server_weights_sha256="b" * 64, config_sha256="c" * 64, server_device="cpu",
     server_threads=1, server_replicas=1, environment={"numpy": "2.0", "machine": "é"},
+    client_optimiser="adam", momentum=0.9, beta2=0.999,
 )  # fmt: skip
-SHARE = Share(1, 0.5, struct.pack("<2f", 0.25, -1e-7), struct.pack("<3f", 1.0, 2.0, 3.0), 1)
+SHARE = Share(
+    1, 0.5, struct.pack("<2f", 0.25, -1e-7), 0.5, struct.pack("<3f", 1.0, 2.0, 3.0), 1, 2
+)  # fmt: skip
 RECORDS = [
     DeviceJoined(0, "device-000"),
     RoundClosed(0, 0.2, 0.02, 1.0, [SHARE, SHARE]),
     RoundClosed(1, 0.1, 0.01, 1.0, []),
+    Guarded(1, -1, "clip", 0.5),
     Digests(2, "d" * 64, "e" * 64),
     Ended("complete"),
 ]
@@ -78,7 +83,7 @@ def test_an_existing_journal_is_never_opened_for_writing(journal):
 def test_the_file_starts_with_magic_and_version_then_length_and_checksum(journal):
     data = journal.read_bytes()
     length, crc = struct.unpack_from("<II", data, 8)
-    assert data[:8] == b"MUSJ\x01\0\0\0"
+    assert data[:8] == b"MUSJ\x02\0\0\0"
     assert zlib.crc32(data[16 : 16 + length]) == crc
 
 
@@ -127,7 +132,7 @@ def test_altered_record_that_still_decodes_is_kept_and_reported(journal):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"MUSJ", b"MUSJ\x02\0\0\0", b"PK\x03\x04" * 9, b"MUSJ\x01\0\0\0" + b"\xff" * 64],
+    [b"", b"MUSJ", b"MUSJ\x01\0\0\0", b"PK\x03\x04" * 9, b"MUSJ\x02\0\0\0" + b"\xff" * 64],
     ids=["empty", "cut magic", "another version", "another format", "absurd length"],
 )
 def test_what_is_no_journal_is_refused(tmp_path, data):
@@ -147,7 +152,7 @@ def test_random_bytes_after_the_magic_never_crash_the_reader(tmp_path):
     for _ in range(300):
         body = dice.randbytes(dice.randrange(60))
         record = struct.pack("<II", len(body), zlib.crc32(body)) + body
-        path.write_bytes(b"MUSJ\x01\0\0\0" + record)
+        path.write_bytes(b"MUSJ\x02\0\0\0" + record)
         with pytest.raises(JournalError):
             read_journal(path)
 
@@ -156,7 +161,14 @@ def test_random_bytes_after_the_magic_never_crash_the_reader(tmp_path):
 def test_a_commit_costs_at_most_16_bytes_a_scalar_and_256_more(tmp_path, directions, tau):
     def size(rounds):
         shares = [
-            Share(device, 1 / 8, b"\xff\xff\x7f\x7f" * directions, b"\xff\xff\x7f\x7f" * tau, 1)
+            Share(
+                device,
+                1 / 8,
+                b"\xff\xff\x7f\x7f" * directions,
+                1 / 8,
+                b"\xff\xff\x7f\x7f" * tau,
+                1,
+            )  # fmt: skip
             for device in range(8)
         ]
         records = [RoundClosed(1 << 30, 0.2, 0.02, 1.0, shares)] * rounds

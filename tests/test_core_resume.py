@@ -351,6 +351,7 @@ def answers(whole, tmp_path):
             run=1, run_seed=0, epoch=5, device=0, manifest_sha256=bundle.digest, manifest_bytes=1,
             directions_sha256=directions_digest(0), lam=1e-3, batch=8, directions=3, rounds=9,
             encoding="float32", compression="none", next_round=next_round,
+            feedback="loss_difference", optimiser="sgd", momentum=0.9, beta2=0.999,
         )  # fmt: skip
 
     yield play, welcome

@@ -32,10 +32,11 @@ WELCOME = m.Welcome(
     run=TOP, run_seed=TOP, epoch=TOP, device=TOP_32, manifest_sha256=DIGEST, manifest_bytes=1,
     directions_sha256=DIGEST, lam=0.005, batch=32, directions=0, rounds=TOP_32,
     encoding="int8", compression="zstd", next_round=TOP_32,
+    feedback="cut_gradient", optimiser="adam", momentum=0.5, beta2=0.99,
 )  # fmt: skip
 COMMIT = m.Commit(
     run=1, round=2, eta_c=0.5, eta_g=1.0, client_sha256=DIGEST,
-    entries=[m.Entry(0, 0.25, b"\0\0\0\0\0\0\x80\x3f"), m.Entry(TOP_32, 0.75, b"")],
+    entries=[m.Entry(0, 0.25, b"\0\0\0\0\0\0\x80\x3f"), m.Entry(TOP_32, 0.75, b"", 2)],
 )  # fmt: skip
 UP: list[Message] = [
     m.Join(epoch=TOP, protocol=1, version="0.1.0+ü", shard_index=-1, samples=10),
@@ -43,6 +44,7 @@ UP: list[Message] = [
     m.Fetch(digest=DIGEST, first=0, count=64),
     m.Ready(run=1, epoch=2, next_round=3),
     REPORT,
+    m.Derivatives(run=1, epoch=2, round=3, scalars=b"\0\0\x80\x3f"),
     m.Leave(epoch=5, reason="x" * 400),
 ]
 DOWN: list[Message] = [
@@ -199,7 +201,7 @@ WRONG = {
     "negative participant": (DOWN[4], {"participants": [-1]}),
     "participants are no list": (DOWN[4], {"participants": {}}),
     "entry too short": (COMMIT, {"entries": [ENTRY[:2]]}),
-    "entry too long": (COMMIT, {"entries": [[*ENTRY, 0]]}),
+    "entry too long": (COMMIT, {"entries": [[*ENTRY, 0, 0]]}),
     "entry of a negative device": (COMMIT, {"entries": [[-1, *ENTRY[1:]]]}),
     "entry with a broken float": (COMMIT, {"entries": [[0, 0.5, b"abc"]]}),
     "scalars with a broken float": (DOWN[6], {"scalars": b"abc"}),

@@ -31,16 +31,23 @@ def step_scale(eta: float, lam: float, directions: int, weight: float = 1.0) -> 
     return weight * eta / (directions * 2.0 * lam)
 
 
-def client_terms(run_seed: int, lam: float, commit: Commit) -> Iterable[Term]:
-    """Terms of one commit: devices ascending, then k; eta_g times the mean client step."""
+def client_terms(
+    run_seed: int, lam: float, commit: Commit, eta: float | None = None
+) -> Iterable[Term]:
+    """Terms of one commit: devices ascending, then k; eta_g times the mean client step.
+
+    `eta` stands in for the commit's eta_c.
+    """
+    eta = commit.eta_c if eta is None else eta
     for entry in commit.entries:
         scalars = np.frombuffer(entry.scalars, "<f4")
         if not scalars.size:
             continue
-        scale = step_scale(commit.eta_c, lam, scalars.size, commit.eta_g * entry.weight)
+        scale = step_scale(eta, lam, scalars.size, commit.eta_g * entry.weight)
+        drawn = commit.round - entry.staleness
         for k, delta in enumerate(scalars.tolist()):
             yield Term(
-                DirectionId(run_seed, Stream.CLIENT_HALF, entry.device, commit.round, 0, k),
+                DirectionId(run_seed, Stream.CLIENT_HALF, entry.device, drawn, 0, k),
                 -scale * delta,
             )
 

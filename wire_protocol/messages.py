@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -32,6 +32,11 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(max_length=400)]
 Seconds = Annotated[float, Meta(ge=0, le=1e10)]  # durations, and Unix time
 StepSize = Annotated[float, Meta(ge=0, le=1e30)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+# What the client half learns from: losses at h+ and h- (paper), or dL/dh times h+ - h-.
+Feedback = Literal["loss_difference", "cut_gradient"]
+# How the estimate of a commit becomes a step (client_optimiser.py).
+ClientOptimiser = Literal["sgd", "momentum", "adam"]
 Chunk32K = Annotated[bytes, Meta(max_length=CHUNK_BYTES)]
 
 
@@ -88,6 +93,19 @@ class Report(_Message, frozen=True, tag="report"):
     peak_rss_bytes: U63
 
 
+class Derivatives(_Message, frozen=True, tag="derivatives"):
+    """Cut-gradient feedback: <dL/dh, h+ - h-> for each of my K directions."""
+
+    run: U63
+    epoch: U63
+    round: U32
+    scalars: bytes  # K float32, little-endian
+
+    def __post_init__(self) -> None:
+        """Whole float32 numbers only."""
+        _check_scalars(self.scalars)
+
+
 class Leave(_Message, frozen=True, tag="leave"):
     """I am gone: said on exit, or by the broker as this session's last will."""
 
@@ -119,6 +137,10 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     encoding: Encoding  # of the frames
     compression: Compression
     next_round: U32  # the rounds that the server has committed
+    feedback: Feedback
+    optimiser: ClientOptimiser
+    momentum: Fraction
+    beta2: Fraction
 
 
 class Refused(_Message, frozen=True, tag="refused"):
@@ -162,6 +184,7 @@ class Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     device: U32
     weight: Annotated[float, Meta(ge=0, le=1)]
     scalars: bytes  # K float32, little-endian: L(h+) - L(h-) per direction
+    staleness: U32 = 0  # its directions are those of round `commit.round - staleness`
 
     def __post_init__(self) -> None:
         """Whole float32 numbers only."""
@@ -177,6 +200,11 @@ class Commit(_Message, frozen=True, tag="commit"):
     eta_g: StepSize
     entries: list[Entry]  # ascending device index
     client_sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""  # after this commit
+
+    def __post_init__(self) -> None:
+        """No entry is older than the run."""
+        if any(entry.staleness > self.round for entry in self.entries):
+            raise ValueError(f"entries: staleness beyond round {self.round}")
 
 
 class Snapshot(_Message, frozen=True, tag="snapshot"):
@@ -196,7 +224,7 @@ class End(_Message, frozen=True, tag="end"):
     reason: Text
 
 
-UpMessage = Join | Fetch | Ready | Report | Leave
+UpMessage = Join | Fetch | Ready | Report | Derivatives | Leave
 DownMessage = Hello | Welcome | Refused | Chunk | Round | Scalars | Commit | Snapshot | End
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

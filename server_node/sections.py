@@ -1,0 +1,161 @@
+"""The sections of a run's configuration, as frozen structs.
+
+docs/configuration.md explains every field; a test keeps it complete.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from wire_protocol.encodings import Compression, Encoding
+from wire_protocol.messages import ClientOptimiser, Feedback
+
+AtLeast1 = Annotated[int, Meta(ge=1, le=1_000_000)]
+Count = Annotated[int, Meta(ge=0, le=1_000_000)]
+# The upper bounds keep out infinity, and steps that no float32 holds.
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
+Speed = Annotated[float, Meta(gt=0, le=1)]
+# Up to what MQTT itself allows (3.1.1, section 2.2.3).
+PacketLimit = Annotated[int, Meta(ge=0, le=268_435_455)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of the TOML file."""
+
+
+class RunSection(Section, frozen=True):
+    """Which run, how long, for whom."""
+
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    rounds: AtLeast1 = 200
+    fleet: str = "lab"
+
+
+class ModelSection(Section, frozen=True):
+    """What is trained, and where it is cut."""
+
+    name: str = "mlp:64-32-32-10"
+    cut: str = "fc1"
+    # One shape, or one text per input: "1,28,28", "int:64" (export/inputs.py).
+    input_shape: Annotated[list[AtLeast1 | str], Meta(max_length=8)] = []
+    weights: str = ""
+    # What the device perturbs of its half: "norms", "adapters:R" or names; empty: everything.
+    perturb: Annotated[list[str], Meta(max_length=256)] = []
+
+
+class DataSection(Section, frozen=True):
+    """What it is trained on."""
+
+    source: str = "digits"
+    channels_last: bool = False
+    pool: AtLeast1 = 1
+    scale: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    standardise: Literal["none", "global", "feature"] = "global"
+    alpha: NotNegative = 0.0
+    holdout: Fraction = 0.0
+    window: Count = 0
+    stride: Count = 0
+    label: str = "label"
+    group: str = ""
+
+
+class DevicesSection(Section, frozen=True):
+    """The fleet."""
+
+    count: AtLeast1 = 8
+    participants: Count = 0
+    batch: AtLeast1 = 32
+    threads: AtLeast1 = 1
+
+
+class MethodSection(Section, frozen=True):
+    """MU-SplitFed: directions, steps and tau; which order and feedback each half learns by."""
+
+    tau: AtLeast1 = 16
+    tau_mode: Literal["fixed", "adaptive"] = "fixed"
+    tau_cap: AtLeast1 = 128  # adaptive: never more
+    directions_client: AtLeast1 = 16
+    directions_server: AtLeast1 = 1
+    eta_c: NotNegative = 0.2
+    eta_s: NotNegative = 0.015
+    eta_g: Positive = 1.0
+    lam: Annotated[float, Meta(ge=1e-9, le=1e3)] = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    feedback: Feedback = "loss_difference"
+    server_order: Literal["zeroth", "first"] = "zeroth"
+    # First order: a class of torch.optim, and its arguments beside the step size eta_s.
+    server_optimiser: str = "SGD"
+    server_options: dict[str, float] = {}
+    # What a server step is computed on: one device's frames, or those of all devices of the round.
+    server_batch: Literal["device", "pooled"] = "device"
+    # Pooled: frames of devices that are not here (yet) count for so many rounds.
+    reuse_rounds: Count = 0
+    client_optimiser: ClientOptimiser = "sgd"
+    momentum: Fraction = 0.9
+    beta2: Fraction = 0.999
+
+
+class RoundSection(Section, frozen=True):
+    """How long a round waits, and for whom."""
+
+    mode: Literal["barrier", "asynchronous"] = "barrier"
+    # Asynchronous: a contribution that is s commits old counts (1 + s) ** -staleness_power.
+    staleness_power: Annotated[float, Meta(ge=0, le=10)] = 0.5
+    staleness_limit: AtLeast1 = 1000  # older contributions are dropped
+    quorum: Count = 0
+    deadline_s: Seconds = 0.0
+    rejoin_s: Seconds = 60.0
+    stall_s: Positive = 300.0
+    lobby_s: Positive = 300.0
+
+
+class GuardsSection(Section, frozen=True):
+    """What keeps large steps and a large tau from doing harm; every intervention is journaled."""
+
+    # Scalars beyond this many running medians are cut down to that; 0: never.
+    clip: NotNegative = 0.0
+    # A step that raises the loss of its own batch is taken back, and the next are smaller.
+    reject: bool = False
+    # After the averaging: of the fractions 1, 1/2, 1/4, 1/8, 0 of the step, the best.
+    backtrack_server: bool = False
+    backtrack_client: bool = False
+    # Rounds in a row above `diverged_factor` times the best pooled loss end the run; 0: never.
+    patience: Count = 20
+    diverged_factor: Annotated[float, Meta(gt=1, le=1e6)] = 3.0
+
+
+class WireSection(Section, frozen=True):
+    """How tensors cross the network."""
+
+    encoding: Encoding = "float32"
+    compression: Compression = "none"
+    packet_limit: PacketLimit = 0
+
+
+class ServerSection(Section, frozen=True):
+    """Where the server half computes."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: AtLeast1 = 1
+    replicas: AtLeast1 = 1
+    min_step_s: Seconds = 0.0
+
+
+class EvaluationSection(Section, frozen=True):
+    """When the test set is scored."""
+
+    every: AtLeast1 = 10
+    control: bool = True
+
+
+class EmulationSection(Section, frozen=True):
+    """What an emulated fleet is slowed by; ignored by real boards."""
+
+    speed: list[Speed] = []
+    delay_s: list[Seconds] = []
+    max_packet_bytes: PacketLimit = 0
