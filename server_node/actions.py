@@ -19,6 +19,8 @@ class Rules(NamedTuple):
     rejoin_s: float
     stall_s: float
     replicas: int = 1  # steps of as many devices may be computed at once
+    tau_cap: int = 0  # above tau: tau fills the measured slack, up to so many steps
+    staleness_limit: int = 0  # asynchronous: older contributions are dropped
 
 
 # -- actions: what the driver must do, in order
@@ -29,6 +31,13 @@ class OpenRound(NamedTuple):
 
     round: int
     participants: list[int]
+
+
+class OpenShare(NamedTuple):
+    """Asynchronous: tell one device to begin; its batch and directions are those of `round`."""
+
+    device: int
+    round: int
 
 
 class Remind(NamedTuple):
@@ -53,6 +62,7 @@ class Contribution(NamedTuple):
     device: int
     client_scalars: list[float]  # (K,)
     server_scalars: list[list[float]]  # (tau, K_s)
+    staleness: int = 0  # commits that were made since its weights
 
 
 class CloseRound(NamedTuple):
@@ -86,7 +96,7 @@ class Finish(NamedTuple):
     detail: str
 
 
-Action = OpenRound | Remind | Reply | CloseRound | Ignore | Finish
+Action = OpenRound | OpenShare | Remind | Reply | CloseRound | Ignore | Finish
 
 # -- work: what the driver should compute next, one piece at a time
 

@@ -27,6 +27,7 @@ from server_node.actions import (
     Step,
     Work,
 )
+from server_node.tau import TauController
 from wire_protocol.directions import participants as draw_participants
 
 # Rounds in a row without a single finite contribution before the run is called diverged.
@@ -38,6 +39,7 @@ class _Share:
     """Progress of one participant in the open round."""
 
     rank: int  # among the participants
+    tau: int
     activation: bool = False
     server_scalars: list[list[float]] = field(default_factory=list)
     received: dict[int, int] = field(default_factory=dict)  # first k -> directions of the group
@@ -61,6 +63,7 @@ class Coordinator:
         self._opened_s = self._progress_s = now_s
         self._deadline_over = False
         self._barren = 0
+        self.tau = TauController(rules.tau, rules.tau_cap)
         self.round = -1
         self.finished: Finish | None = None
 
@@ -104,7 +107,7 @@ class Coordinator:
             return [Ignore(device, "duplicate")]
         share.activation = True
         self._queue.append(device)
-        self._progress_s = now_s
+        self._arrived(device, share, now_s)
         return []
 
     def differences(
@@ -121,13 +124,19 @@ class Coordinator:
             return [Ignore(device, "directions out of range")]
         share.received[first_k] = count
         share.unmeasured.add(first_k)
-        self._progress_s = now_s
+        self._arrived(device, share, now_s)
         return []
+
+    def step_took(self, seconds: float) -> None:
+        """The server steps that are told of next took so long, computed at once."""
+        self.tau.step_took(seconds)
 
     def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
         """A server step was computed: its K_s scalars."""
         share = self._shares[device]
         share.server_scalars.append(scalars)
+        if len(share.server_scalars) == 1 and self.tau.adaptive:
+            self._plan(share, now_s)
         return self._computed(device, share, scalars, now_s)
 
     def measured(
@@ -154,6 +163,7 @@ class Coordinator:
             if len(delivered) >= max(1, self._rules.quorum):
                 for device, share in list(self._live()):
                     if not self._delivered(share):
+                        self.tau.arrived(device, now_s - self._opened_s)
                         self._drop(device, "deadline")
         if now_s - self._progress_s >= self._rules.stall_s:
             missing = [device for device, share in self._live() if not share.complete]
@@ -177,7 +187,7 @@ class Coordinator:
             share = self._shares[device]
             if share.dropped or share.complete:
                 continue
-            if len(share.server_scalars) < self._rules.tau:
+            if len(share.server_scalars) < share.tau:
                 stepping = stepping or self._step(device, share)
             elif share.unmeasured:
                 return Measure(device, min(share.unmeasured))
@@ -192,7 +202,7 @@ class Coordinator:
         steps = {first.slot: first}
         for device in self._queue:
             share = self._shares[device]
-            if not share.dropped and len(share.server_scalars) < self._rules.tau:
+            if not share.dropped and len(share.server_scalars) < share.tau:
                 step = self._step(device, share)
                 steps.setdefault(step.slot, step)
         return list(steps.values())
@@ -217,6 +227,41 @@ class Coordinator:
     def _step(self, device: int, share: _Share) -> Step:
         return Step(device, len(share.server_scalars), share.rank % self._rules.replicas)
 
+    def _arrived(self, device: int, share: _Share, now_s: float) -> None:
+        self._progress_s = now_s
+        if self._delivered(share):
+            self.tau.arrived(device, now_s - self._opened_s)
+            self._hurry()
+
+    def _plan(self, share: _Share, now_s: float) -> None:
+        """Give a device, after its first step, the steps that its part of the slack holds.
+
+        The slack lasts until the last frame of the round is expected. The devices of a slot that
+        have not begun get equal parts of it, but for the one that ends it.
+        """
+        expected_s = {
+            device: self._opened_s + latency_s
+            for device, other in self._live()
+            if not self._delivered(other)
+            and (latency_s := self.tau.latency_s(device)) is not None
+        }
+        close_s = max(expected_s.values(), default=now_s)
+        if self._rules.deadline_s:
+            close_s = min(close_s, self._opened_s + self._rules.deadline_s)
+        sharing = 1 + sum(
+            not other.server_scalars
+            and other.rank % self._rules.replicas == share.rank % self._rules.replicas
+            and expected_s.get(device, 0.0) < close_s
+            for device, other in self._live()
+        )
+        share.tau = self.tau.tau(1, close_s - now_s, sharing)
+
+    def _hurry(self) -> None:
+        """Nobody is awaited any more: beyond the floor, the step under way is the last."""
+        if self.tau.adaptive and not self.waiting:
+            for _, share in self._live():
+                share.tau = min(share.tau, max(self._rules.tau, len(share.server_scalars) + 1))
+
     def _awaited(self, device: int, round_number: int) -> _Share | Ignore:
         share = self._shares.get(device)
         if self.finished or round_number < self.round:
@@ -236,7 +281,7 @@ class Coordinator:
         if not all(map(math.isfinite, scalars)):
             self._drop(device, "not finite")
             return self._close_if_complete(now_s)
-        all_steps = len(share.server_scalars) == self._rules.tau
+        all_steps = len(share.server_scalars) == share.tau
         if not all_steps or len(share.client_scalars) < self._rules.directions:
             return []
         share.complete = True
@@ -249,6 +294,7 @@ class Coordinator:
         share = self._shares.get(device)
         if share is not None and not share.complete and not share.dropped:
             share.dropped = why
+            self._hurry()
 
     def _close_if_complete(self, now_s: float) -> list[Action]:
         if self.finished or not self._shares or not all(s.complete for _, s in self._live()):
@@ -286,7 +332,9 @@ class Coordinator:
         chosen = draw_participants(
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )
-        self._shares = {device: _Share(rank) for rank, device in enumerate(chosen)}
+        self._shares = {
+            device: _Share(rank, self._rules.tau) for rank, device in enumerate(chosen)
+        }
         return [OpenRound(number, chosen)] if chosen else []
 
     def _finish(self, outcome: Outcome, detail: str) -> list[Action]:

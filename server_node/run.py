@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from server_node.actions import (
     Action,
     CloseRound,
+    Contribution,
     Finish,
     Ignore,
     Measure,
     OpenRound,
+    OpenShare,
     Outcome,
     Remind,
     Reply,
@@ -27,6 +29,7 @@ from server_node.actions import (
     Step,
     Work,
 )
+from server_node.asynchronous import AsynchronousCoordinator
 from server_node.config import Config
 from server_node.coordinator import Coordinator
 from server_node.errors import FrameFaultError
@@ -36,7 +39,7 @@ from server_node.journal import Header, RoundClosed, Share
 from server_node.ledger import Ledger
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.resume import History
-from server_node.schedule import step_factor
+from server_node.schedule import staleness_weight, step_factor
 from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator, directions_digest
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
@@ -94,7 +97,7 @@ class Run:
         self._outbox, self._notify = outbox, notify
         self._first_loss = math.inf
         self._generator = DirectionGenerator()
-        self._coordinator: Coordinator | None = None
+        self._coordinator: Coordinator | AsynchronousCoordinator | None = None
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
         # Closed and when; recorded once the next round is on its way.
@@ -131,14 +134,21 @@ class Run:
             participants=self.config.participants, tau=method.tau, directions=self.directions,
             quorum=rule.quorum, deadline_s=rule.deadline_s, rejoin_s=rule.rejoin_s,
             stall_s=rule.stall_s, replicas=self.config.server.replicas,
+            tau_cap=method.tau_cap if method.tau_mode == "adaptive" else 0,
+            staleness_limit=rule.staleness_limit,
         )  # fmt: skip
-        self._coordinator = Coordinator(rules, devices, self._read_clock_s())
+        kind = AsynchronousCoordinator if self._asynchronous else Coordinator
+        self._coordinator = kind(rules, devices, self._read_clock_s())
         self._perform(self._coordinator.start(self._read_clock_s(), self.rounds_closed))
 
     @property
     def complete(self) -> bool:
         """True when every round is closed."""
         return self.rounds_closed >= self.config.run.rounds
+
+    @property
+    def _asynchronous(self) -> bool:
+        return self.config.round.mode == "asynchronous"
 
     @property
     def directions(self) -> int:
@@ -165,12 +175,24 @@ class Run:
             encoding=config.wire.encoding, compression=config.wire.compression,
             next_round=self.rounds_closed, feedback=method.feedback,
             optimiser=method.client_optimiser, momentum=method.momentum, beta2=method.beta2,
+            asynchronous=self._asynchronous,
         )  # fmt: skip
 
     def ready(self, device: int, next_round: int) -> None:
         """A device tells its round: send what it misses, then the open round."""
-        if self._coordinator is None:
+        coordinator = self._coordinator
+        if coordinator is None:
             return
+        now_s = self._read_clock_s()
+        if isinstance(coordinator, AsynchronousCoordinator):
+            if not coordinator.computing(device, next_round):
+                self._send_missing(device, next_round)
+            self._perform(coordinator.joined(device, next_round, now_s))
+        else:
+            self._send_missing(device, next_round)
+            self._perform(coordinator.joined(device, now_s))
+
+    def _send_missing(self, device: int, next_round: int) -> None:
         known = next_round <= len(self._commits)
         if not known or sum(self._commit_bytes[next_round:]) > self.client_state.nbytes:
             digest = self._outbox.offer_blob(self.client_state.astype("<f4").tobytes())
@@ -181,7 +203,6 @@ class Run:
         else:
             for commit in self._commits[next_round : next_round + _CATCH_UP_COMMITS]:
                 self._outbox.send(device, commit)
-        self._perform(self._coordinator.joined(device, self._read_clock_s()))
 
     def left(self, device: int) -> None:
         """A device's connection ended."""
@@ -240,8 +261,14 @@ class Run:
         self._perform(actions)
         return True
 
-    def _step(self, steps: list[Step], coordinator: Coordinator) -> list[Action]:
+    def _step(
+        self, steps: list[Step], coordinator: Coordinator | AsynchronousCoordinator
+    ) -> list[Action]:
         begin_s = self._read_clock_s()
+        if isinstance(coordinator, AsynchronousCoordinator) and not steps[0].step:
+            # Its directions are those of its version; the size is that of the commit it becomes.
+            version = coordinator.version(steps[0].device)
+            self._half.start_round(version, self.config.method.eta_s * self._factor(coordinator.round))
         turns = [
             Turn(s.slot, s.device, self._batches[s.device], self._stepped.setdefault(s.device, []))
             for s in steps
@@ -250,6 +277,7 @@ class Run:
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
         if pad_s > 0:
             time.sleep(pad_s)
+        coordinator.step_took(self._read_clock_s() - begin_s)
         actions: list[Action] = []
         for turn, scalars in zip(turns, rows, strict=True):
             turn.done.append(scalars)
@@ -257,7 +285,9 @@ class Run:
             actions += coordinator.stepped(turn.device, scalars, self._read_clock_s())
         return actions
 
-    def _measure(self, work: Measure, coordinator: Coordinator) -> list[Action]:
+    def _measure(
+        self, work: Measure, coordinator: Coordinator | AsynchronousCoordinator
+    ) -> list[Action]:
         scalars = self._half.measure(
             work.device, self._batches[work.device],
             self._differences.pop((work.device, work.first_k)), self._stepped[work.device],
@@ -271,6 +301,8 @@ class Run:
             match action:
                 case OpenRound():
                     self._open(action)
+                case OpenShare():
+                    self._open_share(action)
                 case Remind():
                     message = Round(self.header.run, action.round, action.participants)
                     self._outbox.send(action.device, message)
@@ -294,20 +326,31 @@ class Run:
         self._batches.clear()
         self._differences.clear()
         self._stepped.clear()
-        factor = step_factor(self.config.method.schedule, opened.round, self.config.run.rounds)
-        self._half.start_round(opened.round, self.config.method.eta_s * factor)
+        self._half.start_round(opened.round, self.config.method.eta_s * self._factor(opened.round))
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
+
+    def _open_share(self, opened: OpenShare) -> None:
+        device = opened.device
+        self._batches.pop(device, None)
+        self._stepped.pop(device, None)
+        for key in [key for key in self._differences if key[0] == device]:
+            del self._differences[key]
+        self._outbox.send(device, Round(self.header.run, opened.round, [device]))
+
+    def _factor(self, number: int) -> float:
+        return step_factor(self.config.method.schedule, number, self.config.run.rounds)
 
     def _close(self, closed: CloseRound) -> None:
         method = self.config.method
-        factor = step_factor(method.schedule, closed.round, self.config.run.rounds)
-        weight = 1.0 / max(1, len(closed.contributions))
+        factor = self._factor(closed.round)
+        weights = [self._weight(c, len(closed.contributions)) for c in closed.contributions]
         shares = [
             Share(
                 c.device, weight, np.asarray(c.client_scalars, "<f4").tobytes(), weight,
                 np.asarray(c.server_scalars, "<f4").tobytes(), method.directions_server,
+                c.staleness,
             )
-            for c in closed.contributions
+            for c, weight in zip(closed.contributions, weights, strict=True)
         ]  # fmt: skip
         record = RoundClosed(
             closed.round, method.eta_c * factor, method.eta_s * factor, method.eta_g, shares
@@ -324,6 +367,12 @@ class Run:
         self._commit_bytes.append(len(encode(commit)))
         self._outbox.broadcast(commit)
         self._closed = closed, self._read_clock_s()
+
+    def _weight(self, contribution: Contribution, contributions: int) -> float:
+        if not self._asynchronous:
+            return 1.0 / contributions
+        power = self.config.round.staleness_power
+        return staleness_weight(contribution.staleness, power, self.config.participants)
 
     def _due(self, number: int) -> bool:
         """True for rounds that are evaluated."""

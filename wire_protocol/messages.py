@@ -141,6 +141,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     optimiser: ClientOptimiser
     momentum: Fraction
     beta2: Fraction
+    asynchronous: bool  # a commit holds one contribution; yours may come commits later
 
 
 class Refused(_Message, frozen=True, tag="refused"):

@@ -1,0 +1,303 @@
+"""The coordinator of the asynchronous mode: every contribution is a commit, nobody waits.
+
+Events, actions and work are those of coordinator.py. Rounds count commits. A device is opened at
+the version of the weights it has, which names its batch and directions: round v; its contribution
+becomes commit w >= v, with staleness w - v. Its server steps begin when its last frame is here and
+go on to its last scalar without anything in between: they see one base, the newest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from server_node.actions import (
+    Action,
+    CloseRound,
+    Contribution,
+    Finish,
+    Ignore,
+    Measure,
+    OpenShare,
+    Outcome,
+    Remind,
+    Reply,
+    Rules,
+    Step,
+    Work,
+)
+from server_node.coordinator import BARREN_ROUNDS
+from server_node.tau import TauController
+from wire_protocol.directions import participants as draw_participants
+
+
+@dataclass
+class _Share:
+    """The open work of one device."""
+
+    version: int  # commits it knows: the round of its batch and directions
+    opened_s: float
+    tau: int
+    activation: bool = False
+    received: dict[int, int] = field(default_factory=dict)  # first k -> directions of the group
+    unmeasured: set[int] = field(default_factory=set)  # first k of groups without scalars yet
+    server_scalars: list[list[float]] = field(default_factory=list)
+    client_scalars: dict[int, float] = field(default_factory=dict)
+
+
+class AsynchronousCoordinator:
+    """State of one run. `now_s` is any monotonic clock, the same in all calls."""
+
+    def __init__(self, rules: Rules, devices: list[int], now_s: float) -> None:
+        self._rules = rules
+        self._present = set(devices)
+        self._away_since_s: dict[int, float] = {}
+        self._waiting = set(devices)  # present, up to date, without open work
+        self._shares: dict[int, _Share] = {}
+        self._queue: deque[int] = deque()  # devices whose frames are all here, in that order
+        self._dropped: dict[int, str] = {}  # since the last commit
+        self._returned: set[int] = set()  # since the last commit
+        self._committed_s = self._progress_s = now_s
+        self._barren = 0
+        self.tau = TauController(rules.tau, rules.tau_cap)
+        self.round = -1
+        self.finished: Finish | None = None
+
+    # -- events ------------------------------------------------------------------------------
+
+    def start(self, now_s: float, number: int = 0) -> list[Action]:
+        """Open the first contributions, behind `number` commits of a run that goes on."""
+        self.round = number
+        if number >= self._rules.rounds:
+            return self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")
+        self._committed_s = self._progress_s = now_s
+        return self._open_waiting(now_s)
+
+    def computing(self, device: int, next_round: int) -> bool:
+        """True when the device's open work is that of the weights it has."""
+        share = self._shares.get(device)
+        return share is not None and share.version == next_round
+
+    def joined(self, device: int, next_round: int, now_s: float) -> list[Action]:
+        """A device with the weights before `next_round` wants work; it was sent what it misses."""
+        if device not in self._present and device not in self._returned:
+            # Once a commit: a device that comes and goes makes no progress.
+            self._returned.add(device)
+            self._progress_s = now_s
+        self._present.add(device)
+        self._away_since_s.pop(device, None)
+        share = self._shares.get(device)
+        if self.finished or (share is not None and self._delivered(share)):
+            return []
+        if share is not None and next_round <= share.version:
+            return [Remind(device, share.version, [device])]  # what either side sent was lost
+        self._shares.pop(device, None)  # it went past those weights
+        self._waiting.add(device)
+        return self._open_waiting(now_s)
+
+    def left(self, device: int, now_s: float) -> list[Action]:
+        """A device's connection ended; its open work waits `rejoin_s` for it."""
+        if device in self._present:
+            self._present.discard(device)
+            self._waiting.discard(device)
+            self._away_since_s[device] = now_s
+        return self.tick(now_s)
+
+    def activation(self, device: int, round_number: int, now_s: float) -> list[Action]:
+        """A device's activation and labels are here."""
+        share = self._awaited(device, round_number)
+        if isinstance(share, Ignore):
+            return [share]
+        if share.activation:
+            return [Ignore(device, "duplicate")]
+        share.activation = True
+        return self._received(device, share, now_s)
+
+    def differences(
+        self, device: int, round_number: int, first_k: int, count: int, now_s: float
+    ) -> list[Action]:
+        """A group of a device's differences is here."""
+        share = self._awaited(device, round_number)
+        if isinstance(share, Ignore):
+            return [share]
+        if first_k in share.received:
+            return [Ignore(device, "duplicate")]
+        overlap = any(first_k < k + n and k < first_k + count for k, n in share.received.items())
+        if overlap or first_k + count > self._rules.directions:
+            return [Ignore(device, "directions out of range")]
+        share.received[first_k] = count
+        share.unmeasured.add(first_k)
+        return self._received(device, share, now_s)
+
+    def step_took(self, seconds: float) -> None:
+        """The server step that is told of next took so long."""
+        self.tau.step_took(seconds)
+
+    def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
+        """A server step was computed: its K_s scalars."""
+        share = self._shares[device]
+        share.server_scalars.append(scalars)
+        if len(share.server_scalars) == 1 and self.tau.adaptive:
+            share.tau = self.tau.tau(1, self._slack_s(now_s), 1)
+        return self._computed(device, share, scalars, now_s)
+
+    def measured(
+        self, device: int, first_k: int, scalars: list[float], now_s: float
+    ) -> list[Action]:
+        """A group of loss differences was computed."""
+        share = self._shares[device]
+        share.unmeasured.discard(first_k)
+        share.client_scalars.update(enumerate(scalars, first_k))
+        return self._computed(device, share, scalars, now_s)
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Time has passed: absences, stall."""
+        if self.finished:
+            return []
+        for device, since_s in list(self._away_since_s.items()):
+            if now_s - since_s >= self._rules.rejoin_s:
+                del self._away_since_s[device]
+                share = self._shares.get(device)
+                if share is not None and not self._delivered(share):
+                    self._drop(device, "left")
+        if now_s - self._progress_s >= self._rules.stall_s:
+            missing = sorted(self._shares)
+            awaited = f"devices {missing}" if missing else "a device to come back"
+            return self._finish(
+                Outcome.STALLED,
+                f"commit {self.round} waited {self._rules.stall_s:.0f} s for {awaited}",
+            )
+        return self._open_waiting(now_s)
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def next_work(self) -> Work | None:
+        """The next piece of the device whose frames were here first: steps, then differences."""
+        if not self._queue:
+            return None
+        device = self._queue[0]
+        share = self._shares[device]
+        if len(share.server_scalars) < share.tau:
+            return Step(device, len(share.server_scalars))
+        return Measure(device, min(share.unmeasured))
+
+    def batch(self, first: Step) -> list[Step]:
+        """One device at a time: the next one's copy starts where this one's commit ends."""
+        return [first]
+
+    def version(self, device: int) -> int:
+        """The round of a device's batch and directions."""
+        return self._shares[device].version
+
+    def wake_s(self) -> float | None:
+        """When `tick` must be called at the latest, or None."""
+        if self.finished:
+            return None
+        times = [since_s + self._rules.rejoin_s for since_s in self._away_since_s.values()]
+        return min([*times, self._progress_s + self._rules.stall_s])
+
+    @property
+    def waiting(self) -> bool:
+        """True while a device has open work and has not delivered all its frames."""
+        return len(self._queue) < len(self._shares)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _awaited(self, device: int, round_number: int) -> _Share | Ignore:
+        share = self._shares.get(device)
+        if self.finished or share is None or round_number < share.version:
+            return Ignore(device, "late")
+        if round_number > share.version:
+            return Ignore(device, "not asked")
+        return share
+
+    def _received(self, device: int, share: _Share, now_s: float) -> list[Action]:
+        self._progress_s = now_s
+        if self._delivered(share):
+            self.tau.arrived(device, now_s - share.opened_s)
+            if self._queue and self.tau.adaptive:  # no slack is left: the step under way is enough
+                working = self._shares[self._queue[0]]
+                enough = max(self._rules.tau, len(working.server_scalars) + 1)
+                working.tau = min(working.tau, enough)
+            self._queue.append(device)
+        return []
+
+    def _computed(
+        self, device: int, share: _Share, scalars: list[float], now_s: float
+    ) -> list[Action]:
+        self._progress_s = now_s
+        if not all(map(math.isfinite, scalars)):
+            return self._not_finite(device, now_s)
+        all_steps = len(share.server_scalars) == share.tau
+        if not all_steps or len(share.client_scalars) < self._rules.directions:
+            return []
+        return self._commit(device, share, now_s)
+
+    def _commit(self, device: int, share: _Share, now_s: float) -> list[Action]:
+        in_order = [share.client_scalars[k] for k in sorted(share.client_scalars)]
+        staleness = self.round - share.version
+        contribution = Contribution(device, in_order, share.server_scalars, staleness)
+        actions: list[Action] = [
+            Reply(device, share.version, in_order),
+            CloseRound(self.round, [contribution], self._dropped, self._committed_s),
+        ]
+        self._queue.popleft()
+        del self._shares[device]
+        self._dropped = {}
+        self._returned.clear()
+        self._barren = 0
+        self._committed_s = now_s
+        self.round += 1
+        if self.round >= self._rules.rounds:
+            return [*actions, *self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")]
+        for other, late in list(self._shares.items()):
+            if self.round - late.version > self._rules.staleness_limit:
+                self._drop(other, "stale")
+        return [*actions, *self._open_waiting(now_s)]
+
+    def _not_finite(self, device: int, now_s: float) -> list[Action]:
+        self._drop(device, "not finite")
+        self._barren += 1
+        if self._barren >= BARREN_ROUNDS:
+            text = f"{BARREN_ROUNDS} contributions in a row had no finite scalar; use smaller steps"
+            return self._finish(Outcome.DIVERGED, text)
+        return self._open_waiting(now_s)
+
+    def _drop(self, device: int, why: str) -> None:
+        """Give up a device's open work; if it is here, it may have other work."""
+        del self._shares[device]
+        if device in self._queue:
+            self._queue.remove(device)
+        self._dropped[device] = why
+        if device in self._present:
+            self._waiting.add(device)
+
+    def _open_waiting(self, now_s: float) -> list[Action]:
+        """Give work to devices that wait, as many as may work at once, drawn by the run's seed."""
+        free = self._rules.participants - len(self._shares)
+        if free <= 0 or not self._waiting or self.finished or self.round < 0:
+            return []
+        chosen = draw_participants(self._rules.run_seed, self.round, sorted(self._waiting), free)
+        for device in chosen:
+            self._waiting.discard(device)
+            self._shares[device] = _Share(self.round, now_s, self._rules.tau)
+        return [OpenShare(device, self.round) for device in chosen]
+
+    def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
+        self.finished = Finish(outcome, detail)
+        return [self.finished]
+
+    def _delivered(self, share: _Share) -> bool:
+        return share.activation and sum(share.received.values()) == self._rules.directions
+
+    def _slack_s(self, now_s: float) -> float:
+        """How long until the frames of the next device are expected: nobody waits until then."""
+        if len(self._queue) > 1:
+            return 0.0
+        expected_s = [
+            share.opened_s + latency_s - now_s
+            for device, share in self._shares.items()
+            if device != self._queue[0] and (latency_s := self.tau.latency_s(device)) is not None
+        ]
+        return min(expected_s, default=0.0)
