@@ -157,10 +157,11 @@ FIELDS = {
     "ready": "run epoch next_round",
     "report": "run epoch round started_unix_s perturb_s forward_s encode_s wait_s replay_s "
     "bytes_up bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes",
+    "derivatives": "run epoch round scalars",
     "leave": "epoch reason",
     "hello": "",
     "welcome": "run run_seed epoch device manifest_sha256 manifest_bytes directions_sha256 lam "
-    "batch directions rounds encoding compression next_round",
+    "batch directions rounds encoding compression next_round feedback optimiser momentum beta2",
     "refused": "epoch reason",
     "chunk": "digest index data",
     "round": "run round participants",
@@ -169,7 +170,7 @@ FIELDS = {
     "snapshot": "run next_round sha256 size_bytes",
     "end": "run final reason",
 }
-UPLINK = {"join", "fetch", "ready", "report", "leave"}
+UPLINK = {"join", "fetch", "ready", "report", "derivatives", "leave"}
 
 
 def control(payload: bytes) -> dict[str, Any]:
@@ -268,8 +269,8 @@ def signs(run_seed: int, device: int, number: int, k: int, count: int) -> np.nda
 
 
 def apply(theta: np.ndarray, commit: dict[str, Any], run_seed: int, lam: float) -> None:
-    """One commit, as "Replay" says."""
-    for device, weight, scalars in commit["entries"]:
+    """One commit, as "Replay" says, for the optimiser `sgd`."""
+    for device, weight, scalars, staleness in commit["entries"]:
         deltas = np.frombuffer(scalars, "<f4").astype(np.float64)
         n = len(deltas)
         if n == 0:
@@ -277,4 +278,5 @@ def apply(theta: np.ndarray, commit: dict[str, Any], run_seed: int, lam: float) 
         c = ((commit["eta_g"] * weight) * commit["eta_c"]) / ((n * 2.0) * lam)
         for k, delta in enumerate(deltas.tolist()):
             s = np.float32(-c * delta)
-            theta += np.where(signs(run_seed, device, commit["round"], k, len(theta)), s, -s)
+            plus = signs(run_seed, device, commit["round"] - staleness, k, len(theta))
+            theta += np.where(plus, s, -s)

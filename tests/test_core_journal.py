@@ -168,7 +168,7 @@ def test_a_commit_costs_at_most_16_bytes_a_scalar_and_256_more(tmp_path, directi
                 1 / 8,
                 b"\xff\xff\x7f\x7f" * tau,
                 1,
-            )  # fmt: skip
+            )
             for device in range(8)
         ]
         records = [RoundClosed(1 << 30, 0.2, 0.02, 1.0, shares)] * rounds

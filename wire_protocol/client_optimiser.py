@@ -77,7 +77,7 @@ class ClientState:
             self._adam(commit.eta_c, commit.round + 1)
 
     def _adam(self, eta: float, steps: int) -> None:
-        """`_estimate` holds the negative gradient."""
+        """`_estimate` holds the negative gradient: so does the first moment."""
         first, second = self._moments
         step = self._estimate
         beta1, beta2 = self.rule.momentum, self.rule.beta2
