@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from edge_client.blobs import BlobFetch, BundleFetch
 from edge_client.bundle import Bundle, read_bundle
+from edge_client.commit_queue import CommitQueue, own_round
 from edge_client.errors import BundleError
 from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
@@ -99,6 +100,8 @@ class Agent:
         self._work: Iterator[bytes | None] | None = None
         self._sent: list[bytes] = []  # frames of the open round
         self._unsent: list[bytes] = []  # those of them that are to be sent again
+        self._later = CommitQueue()
+        self._begun_round: int | None = None  # the last one computed here
         self._started_unix_s = 0.0
         self._fetch_began = self._run_began = (0, 0)  # stream bytes, up and down
         self._bundle_bytes = (0, 0)
@@ -152,7 +155,9 @@ class Agent:
         except ProtocolError as error:
             self._say(f"ignored a message: {error}")
             return
-        self._heard_s = self._repeated_s = time.monotonic()
+        self._heard_s = time.monotonic()
+        if not (isinstance(message, Commit) and self._asynchronous):  # others never fall silent
+            self._repeated_s = self._heard_s
         self._handle(message)
 
     def _handle(self, message: DownMessage) -> None:
@@ -207,6 +212,7 @@ class Agent:
             self._say(f"the server is back at round {welcome.next_round}: starting over")
             trainer.start_over()
             self._drop_round()
+            self._later.take()
         self._ready()
 
     def _take_chunk(self, chunk: Chunk) -> None:
@@ -235,6 +241,7 @@ class Agent:
             whole = fetch.finish(as_octets(scratch))
             if whole and trainer.restore(scratch, snapshot.next_round):
                 self._drop_round()
+                self._later.take()
         self._drop_fetch()
         self._ready()
 
@@ -278,6 +285,8 @@ class Agent:
         match message:
             case _ if self._snapshot is not None:
                 pass  # the fetch under way comes first; what it leaves missing is asked for after
+            case _ if self._asynchronous and self._puts_off(message, trainer):
+                pass
             case Snapshot() if (
                 message.next_round > trainer.next_round
                 and message.size_bytes == trainer.state.nbytes
@@ -287,7 +296,9 @@ class Agent:
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
             case Scalars() if message.round == trainer.next_round:
-                self._acknowledged_round, self._sent, self._unsent = message.round, [], []
+                self._acknowledged_round = message.round
+                self._drop_round()
+                self._apply_later(trainer)
             case Round() if message.round == trainer.next_round != self._acknowledged_round:
                 if trainer.welcome.device in message.participants:
                     self._take_part(trainer)
@@ -297,11 +308,42 @@ class Agent:
             case _:
                 pass
 
+    @property
+    def _asynchronous(self) -> bool:
+        return self._welcome is not None and self._welcome.asynchronous
+
+    def _puts_off(self, message: DownMessage, trainer: Trainer) -> bool:
+        """Asynchronous: True for a commit that has to wait, because its weights are in use.
+
+        They are free when a commit holds the share that is being computed, or when the server has
+        given it up and asks for a newer one.
+        """
+        match message:
+            case Commit() if self._work is not None or self._sent:
+                if own_round(message, trainer.welcome.device) != trainer.next_round:
+                    self._later.add(message, trainer.next_round)
+                    return True
+                self._drop_round()
+                self._apply_later(trainer)
+            case Round() if 0 < message.round - trainer.next_round <= len(self._later):
+                self._drop_round()
+                self._apply_later(trainer, message.round - trainer.next_round)
+            case _:
+                pass
+        return False
+
+    def _apply_later(self, trainer: Trainer, count: int | None = None) -> None:
+        """Replay what waited; `count`: only the first ones of it."""
+        for commit in self._later.take(count):
+            if commit.round == trainer.next_round:
+                self._commit(commit, trainer)
+
     def _take_part(self, trainer: Trainer) -> None:
         if self._sent:  # the server asks again: what we sent was lost, or is still under way
             self._unsent = list(self._sent)
         elif self._work is None:
             self._started_unix_s = time.time()
+            self._begun_round = trainer.next_round
             self._work = trainer.steps(self._epoch)
 
     def _advance(self) -> None:
@@ -332,7 +374,12 @@ class Agent:
     def _commit(self, commit: Commit, trainer: Trainer) -> None:
         self._drop_round()
         replay_s = trainer.apply(commit)
-        self._report(commit.round, replay_s, trainer)
+        reported = commit.round
+        if self._asynchronous:  # of others' commits there is nothing to tell
+            own = own_round(commit, trainer.welcome.device)
+            reported = own if own is not None and own == self._begun_round else -1
+        if reported >= 0:
+            self._report(reported, replay_s, trainer)
         self._advanced_s = time.monotonic()
         if trainer.next_round == 0:
             if self._mismatch_round == commit.round:
@@ -343,6 +390,8 @@ class Agent:
             self._mismatch_round = commit.round
             self._say(f"weights differ from the server's after round {commit.round}: starting over")
             self._ready()
+        elif self._asynchronous and reported >= 0:
+            self._ready()  # for the next share
         self._save()
 
     def _end(self, end: End) -> None:
@@ -355,9 +404,10 @@ class Agent:
     def _forget_run(self) -> None:
         """Nothing of this run counts for the next one, its bytes included."""
         self._drop_fetch()
+        self._later.take()
         self._welcome = self._trainer = None
         self._drop_round()
-        self._acknowledged_round = self._mismatch_round = None
+        self._acknowledged_round = self._mismatch_round = self._begun_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
         self._bundle_bytes = (0, 0)
 

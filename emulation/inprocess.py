@@ -1,6 +1,7 @@
 """A fleet in this process: the same run, coordinator and device step without MQTT or processes.
 
-For tests, tuning and tables: full barrier, no faults, and the digests of the real thing.
+For tests, tuning and tables: no faults. With a full barrier it has the digests of the real thing;
+asynchronous devices deliver in the order in which they were opened.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
-from wire_protocol.frames import decode_frame
+from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.messages import Commit, DownMessage, Round
 
 
@@ -35,6 +36,8 @@ class InProcessFleet:
         self._shuffle = shuffle
         self._trainers: list[Trainer] = []
         self._opened: deque[Round] = deque()
+        self._under_way: deque[tuple[int, list[Frame]]] = deque()  # asynchronous, by device
+        self._freed: deque[int] = deque()  # asynchronous: devices whose commit was made
 
     def run(self, *, frozen: bool = False, history: History | None = None) -> Run:
         """Run the experiment, or on from its `history`, to its end; files as in any run folder."""
@@ -48,7 +51,10 @@ class InProcessFleet:
             self.broadcast(commit)
         run.start([index for index, _ in names])
         while run.finished is None:
-            self._deliver(run, self._opened.popleft())
+            if run.config.round.mode == "asynchronous":
+                self._deliver_next(run)
+            else:
+                self._deliver(run, self._opened.popleft())
         run.close(run.finished.outcome.value)
         return run
 
@@ -57,11 +63,14 @@ class InProcessFleet:
         if isinstance(message, Commit):
             for trainer in self._trainers:
                 trainer.apply(message)
+            self._freed.extend(entry.device for entry in message.entries)
         elif isinstance(message, Round):
             self._opened.append(message)
 
     def send(self, device: int, message: DownMessage) -> None:
-        """Replies are acknowledgements; nothing gets lost here."""
+        """Replies are acknowledgements; a round of its own is computed on the weights of now."""
+        if isinstance(message, Round):
+            self._under_way.append((device, self._frames(device)))
 
     def offer_blob(self, data: bytes) -> str:
         """Nobody falls behind here."""
@@ -69,10 +78,7 @@ class InProcessFleet:
 
     def _deliver(self, run: Run, opened: Round) -> None:
         frames = [
-            (device, decode_frame(payload))
-            for device in opened.participants
-            for payload in self._trainers[device].steps(epoch=0)
-            if payload is not None
+            (device, frame) for device in opened.participants for frame in self._frames(device)
         ]
         if self._shuffle is not None:
             self._shuffle.shuffle(frames)
@@ -82,6 +88,23 @@ class InProcessFleet:
                 run.work()
         while run.work():
             pass
+
+    def _deliver_next(self, run: Run) -> None:
+        index = self._shuffle.randrange(len(self._under_way)) if self._shuffle is not None else 0
+        device, frames = self._under_way[index]
+        del self._under_way[index]
+        self._freed.clear()
+        for frame in frames:
+            run.frame(device, frame)
+        while run.work():
+            pass
+        while self._freed and run.finished is None:
+            freed = self._freed.popleft()
+            run.ready(freed, self._trainers[freed].next_round)
+
+    def _frames(self, device: int) -> list[Frame]:
+        payloads = self._trainers[device].steps(epoch=0)
+        return [decode_frame(payload) for payload in payloads if payload is not None]
 
     def _trainer(self, run: Run, index: int) -> Trainer:
         config = run.config

@@ -90,9 +90,9 @@ class AsynchronousCoordinator:
         share = self._shares.get(device)
         if self.finished or (share is not None and self._delivered(share)):
             return []
-        if share is not None and next_round <= share.version:
+        if share is not None and share.version in (next_round, self.round):
             return [Remind(device, share.version, [device])]  # what either side sent was lost
-        self._shares.pop(device, None)  # it went past those weights
+        self._shares.pop(device, None)  # it has, or will have, other weights
         self._waiting.add(device)
         return self._open_waiting(now_s)
 

@@ -158,6 +158,7 @@ def _check(config: Config, where: str) -> None:
         f"server.replicas: {config.server.replicas} exceed the {drawn} devices of a round": (
             config.server.replicas > drawn
         ),
+        **_problems_of_time(config),
         "round.stall_s: must exceed round.rejoin_s and round.deadline_s": (
             config.round.stall_s <= max(config.round.rejoin_s, config.round.deadline_s)
         ),
@@ -167,3 +168,24 @@ def _check(config: Config, where: str) -> None:
     for problem, holds in problems.items():
         if holds:
             raise ConfigError(f"{where}: {problem}")
+
+
+def _problems_of_time(config: Config) -> dict[str, bool]:
+    """Combinations of tau, mode and waiting that make no sense, and whether they hold."""
+    method, rule, drawn = config.method, config.round, config.participants
+    adaptive, asynchronous = method.tau_mode == "adaptive", rule.mode == "asynchronous"
+    return {
+        f"method.tau_cap: {method.tau_cap} is below method.tau, {method.tau}, where adaptive tau "
+        "starts": adaptive and method.tau_cap < method.tau,
+        "round.quorum, round.deadline_s: nobody waits for anybody when round.mode is "
+        "asynchronous; leave them at 0": asynchronous and (rule.quorum > 0 or rule.deadline_s > 0),
+        f"round.staleness_limit: {rule.staleness_limit} is below the {drawn} devices that work at "
+        "once, whose contributions overtake each other": (
+            asynchronous and rule.staleness_limit < drawn
+        ),
+        "server.replicas: contributions are computed one by one when round.mode is asynchronous; "
+        "use 1": asynchronous and config.server.replicas > 1,
+        "method.server_batch: pooled needs the rounds of round.mode barrier": (
+            asynchronous and method.server_batch == "pooled"
+        ),
+    }

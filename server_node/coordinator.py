@@ -242,8 +242,7 @@ class Coordinator:
         expected_s = {
             device: self._opened_s + latency_s
             for device, other in self._live()
-            if not self._delivered(other)
-            and (latency_s := self.tau.latency_s(device)) is not None
+            if not self._delivered(other) and (latency_s := self.tau.latency_s(device)) is not None
         }
         close_s = max(expected_s.values(), default=now_s)
         if self._rules.deadline_s:
@@ -332,9 +331,7 @@ class Coordinator:
         chosen = draw_participants(
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )
-        self._shares = {
-            device: _Share(rank, self._rules.tau) for rank, device in enumerate(chosen)
-        }
+        self._shares = {device: _Share(rank, self._rules.tau) for rank, device in enumerate(chosen)}
         return [OpenRound(number, chosen)] if chosen else []
 
     def _finish(self, outcome: Outcome, detail: str) -> list[Action]:

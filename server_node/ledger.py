@@ -29,6 +29,7 @@ from server_node.recorder import (
     PastMetrics,
     Recorder,
     RoundMetrics,
+    mean_tau,
     read_metrics,
     unmeasured,
 )
@@ -152,7 +153,8 @@ class Ledger:
             loss=scores.loss if scores else None, contributions=len(closed.contributions),
             dropped=len(closed.dropped), late_frames=self._frames["late"],
             duplicate_frames=self._frames["duplicate"], refused_frames=self._frames["refused"],
-            tau=tau, server_steps=self.server_steps - steps, seconds=closed_s - closed.opened_s,
+            tau=mean_tau([len(c.server_scalars) for c in closed.contributions], tau),
+            server_steps=self.server_steps - steps, seconds=closed_s - closed.opened_s,
             server_busy_s=self.busy_s - busy_s,
             server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
             bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],

@@ -32,7 +32,7 @@ class RoundMetrics:
     late_frames: int | None
     duplicate_frames: int | None
     refused_frames: int | None
-    tau: int
+    tau: int | float  # server steps of a contribution, in the mean
     server_steps: int | None
     seconds: float | None
     server_busy_s: float | None
@@ -111,8 +111,19 @@ def read_metrics(folder: Path, run: int, rounds: list[RoundClosed], tau: int) ->
 def unmeasured(closed: RoundClosed, tau: int) -> RoundMetrics:
     """What the journal alone tells of a round."""
     nothing = dict.fromkeys(field.name for field in fields(RoundMetrics))
-    known = {"round": closed.round, "contributions": len(closed.shares), "tau": tau}
+    steps = [len(s.server_scalars) // (4 * s.directions_server) for s in closed.shares]
+    known = {
+        "round": closed.round, "contributions": len(closed.shares), "tau": mean_tau(steps, tau)
+    }  # fmt: skip
     return RoundMetrics(**{**nothing, **known})  # type: ignore[arg-type]  # the rest may be None
+
+
+def mean_tau(steps: list[int], tau: int) -> int | float:
+    """Mean of the contributions' `steps`; `tau`, the floor, when none is known."""
+    if not any(steps):
+        return tau
+    mean = sum(steps) / len(steps)
+    return int(mean) if mean.is_integer() else round(mean, 2)
 
 
 def read_rounds(folder: Path) -> Iterator[RoundMetrics]:

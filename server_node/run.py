@@ -268,7 +268,9 @@ class Run:
         if isinstance(coordinator, AsynchronousCoordinator) and not steps[0].step:
             # Its directions are those of its version; the size is that of the commit it becomes.
             version = coordinator.version(steps[0].device)
-            self._half.start_round(version, self.config.method.eta_s * self._factor(coordinator.round))
+            self._half.start_round(
+                version, self.config.method.eta_s * self._factor(coordinator.round)
+            )
         turns = [
             Turn(s.slot, s.device, self._batches[s.device], self._stepped.setdefault(s.device, []))
             for s in steps

@@ -1,4 +1,4 @@
-"""Step sizes and weights over a run. Only the server evaluates them; the journal carries what was used."""
+"""Step sizes and weights. Only the server evaluates them; the journal carries what was used."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def staleness_weight(staleness: int, power: float, participants: int) -> float:
     Polynomial, as FedAsync's (Xie et al., arXiv 1903.03934, section 5.2). As many fresh ones as
     devices work at once weigh as much as one barrier round.
     """
-    return (1.0 + staleness) ** -power / participants
+    return math.pow(1.0 + staleness, -power) / participants

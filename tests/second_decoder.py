@@ -161,7 +161,8 @@ FIELDS = {
     "leave": "epoch reason",
     "hello": "",
     "welcome": "run run_seed epoch device manifest_sha256 manifest_bytes directions_sha256 lam "
-    "batch directions rounds encoding compression next_round feedback optimiser momentum beta2",
+    "batch directions rounds encoding compression next_round feedback optimiser momentum beta2 "
+    "asynchronous",
     "refused": "epoch reason",
     "chunk": "digest index data",
     "round": "run round participants",

@@ -182,7 +182,7 @@ def trainer(bundle):
         run=99, run_seed=7, epoch=5, device=2, manifest_sha256=bundle.digest, manifest_bytes=1,
         directions_sha256=directions_digest(7), lam=LAM, batch=BATCH, directions=DIRECTIONS,
         rounds=10, next_round=0, encoding="float32", compression="none",
-        feedback="loss_difference", optimiser="sgd", momentum=0.9, beta2=0.999,
+        feedback="loss_difference", optimiser="sgd", momentum=0.9, beta2=0.999, asynchronous=False,
     )  # fmt: skip
     session = PacedSession(ClientSession(bundle, BATCH, 1), speed=1.0, delay_s=0.0)
     ticks = itertools.count()

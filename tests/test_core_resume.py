@@ -352,6 +352,7 @@ def answers(whole, tmp_path):
             directions_sha256=directions_digest(0), lam=1e-3, batch=8, directions=3, rounds=9,
             encoding="float32", compression="none", next_round=next_round,
             feedback="loss_difference", optimiser="sgd", momentum=0.9, beta2=0.999,
+            asynchronous=False,
         )  # fmt: skip
 
     yield play, welcome

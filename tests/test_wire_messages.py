@@ -32,7 +32,7 @@ WELCOME = m.Welcome(
     run=TOP, run_seed=TOP, epoch=TOP, device=TOP_32, manifest_sha256=DIGEST, manifest_bytes=1,
     directions_sha256=DIGEST, lam=0.005, batch=32, directions=0, rounds=TOP_32,
     encoding="int8", compression="zstd", next_round=TOP_32,
-    feedback="cut_gradient", optimiser="adam", momentum=0.5, beta2=0.99,
+    feedback="cut_gradient", optimiser="adam", momentum=0.5, beta2=0.99, asynchronous=True,
 )  # fmt: skip
 COMMIT = m.Commit(
     run=1, round=2, eta_c=0.5, eta_g=1.0, client_sha256=DIGEST,
