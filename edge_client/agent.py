@@ -396,6 +396,7 @@ class Agent:
 
     def _end(self, end: End) -> None:
         if self._trainer is not None:
+            self._apply_later(self._trainer)
             self._report(self._trainer.next_round, 0.0, self._trainer)
         self._forget_run()
         if end.final:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.bundle import read_bundle
@@ -29,11 +30,15 @@ from wire_protocol.messages import Commit, DownMessage, Round
 class InProcessFleet:
     """Devices as objects; an Outbox for the run. `shuffle` mixes the order of arrival."""
 
-    def __init__(self, experiment: Experiment, shuffle: random.Random | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, shuffle: random.Random | None = None,
+        read_clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self._bundle = read_bundle(experiment.exported.client)
         self._experiment = experiment
         self._shards = make_shards(experiment.config)
         self._shuffle = shuffle
+        self._read_clock_s = read_clock_s
         self._trainers: list[Trainer] = []
         self._opened: deque[Round] = deque()
         self._under_way: deque[tuple[int, list[Frame]]] = deque()  # asynchronous, by device
@@ -44,7 +49,7 @@ class InProcessFleet:
         names = [(index, f"device-{index:03d}") for index in range(len(self._shards))]
         run = open_run(
             self._experiment, frozen=frozen, devices=names, outbox=self,
-            notify=lambda _: None, history=history,
+            notify=lambda _: None, history=history, read_clock_s=self._read_clock_s,
         )  # fmt: skip
         self._trainers = [self._trainer(run, index) for index in range(len(self._shards))]
         for commit in history.commits if history is not None else ():

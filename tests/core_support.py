@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import experiments
@@ -36,11 +38,13 @@ def tiny_config(*overrides: str) -> Config:
 
 def play(
     experiment: Experiment, folder: Path, shuffle: random.Random | None = None, *,
-    frozen: bool = False,
+    frozen: bool = False, read_clock_s: Callable[[], float] = time.monotonic,
 ) -> Run:  # fmt: skip
     """One in-process run of a prepared experiment; its files go to `folder`."""
     folder.mkdir(parents=True)
-    return InProcessFleet(experiment._replace(folder=folder), shuffle).run(frozen=frozen)
+    return InProcessFleet(experiment._replace(folder=folder), shuffle, read_clock_s).run(
+        frozen=frozen
+    )
 
 
 class Desk:

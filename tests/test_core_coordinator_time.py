@@ -182,7 +182,12 @@ def test_round_that_lost_everybody_opens_again_for_who_comes_back():
     desk.deliver(1)
     *_, closed, opened = desk.compute_all()
     assert closed.contributions == [
-        (1, [client_scalar(0, 1, k) for k in range(3)], [[server_scalar(0, 1, i)] for i in (0, 1)])
+        (
+            1,
+            [client_scalar(0, 1, k) for k in range(3)],
+            [[server_scalar(0, 1, i)] for i in (0, 1)],
+            0,
+        )
     ]
     assert closed.dropped == {}
     assert opened == OpenRound(1, [1])
