@@ -68,7 +68,9 @@ _DECODER: Final = msgspec.msgpack.Decoder(StoredFrame | StoredRound)
 class FramesWriter:
     """Appends rounds; they are on the disk when a call returns. Raises JournalError."""
 
-    def __init__(self, folder: Path, size_bytes: int = 0, stored: dict[int, int] | None = None):
+    def __init__(
+        self, folder: Path, size_bytes: int = 0, stored: dict[int, int] | None = None
+    ) -> None:
         """Begin a file, or continue one behind `size_bytes`; `stored`: device -> latest round."""
         self._path = folder / FRAMES_FILE
         self._stored = stored or {}

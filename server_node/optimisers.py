@@ -45,7 +45,8 @@ class _Slot(NamedTuple):
 def build_optimiser(rule: OptimiserRule, parameters: Sequence[nn.Parameter]) -> Any:
     """The optimiser; its step size is set every round. Raises ConfigError."""
     found: Any = getattr(torch.optim, rule.name, None)
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+    known = inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)
+    if not known:
         raise ConfigError(
             f"method.server_optimiser: torch.optim has no {rule.name!r}; use a class of it such as "
             "SGD, Adam or AdamW"

@@ -41,13 +41,13 @@ class ReplayResult(NamedTuple):
     rounds: int
     client_sha256: str
     server_sha256: str
+    matches: bool | None  # None: the journal holds no digests to compare with
+    complete: bool  # it went through all its rounds
+    notes: list[str]
     # The rounds that the server half was replayed of: all of them in zeroth order; in first order
     # from a checkpoint on, and as far as frames.bin goes.
     server_first_round: int
     server_rounds: int
-    matches: bool | None  # None: the journal holds no digests to compare with
-    complete: bool  # it went through all its rounds
-    notes: list[str]
 
 
 def client_commit(run: int, closed: RoundClosed, client_sha256: str = "") -> Commit:
@@ -118,8 +118,8 @@ def replay(folder: Path, halves: Path) -> ReplayResult:
         elif isinstance(record, Ended | Resumed):
             complete = isinstance(record, Ended) and record.reason == Outcome.COMPLETE.value
     return ReplayResult(
-        rounds, sha256(client.state), follower.sha256, follower.first_round, follower.rounds,
-        matches, complete, notes,
+        rounds, sha256(client.state), follower.sha256, matches, complete, notes,
+        follower.first_round, follower.rounds,
     )  # fmt: skip
 
 
@@ -165,7 +165,8 @@ class _Zeroth:
 def _first(
     folder: Path, halves: Path, journal: Journal, weights: Vector, notes: list[str]
 ) -> Follower:
-    from server_node.first_replay import FirstFollower  # torch, which other replays do without
+    # torch, which other replays do without
+    from server_node.first_replay import FirstFollower  # noqa: PLC0415
 
     return FirstFollower(folder, halves, journal, weights, notes)
 

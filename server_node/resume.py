@@ -175,7 +175,7 @@ def _rebuild_first(past: Past, start: Checkpoint, initial: Vector) -> tuple[Vect
 
     Raises JournalError when frames.bin does not lead to the journal's digests.
     """
-    from server_node.first_replay import FirstReplay  # torch
+    from server_node.first_replay import FirstReplay  # noqa: PLC0415  torch
 
     halves = past.folder if (past.folder / "server").is_dir() else past.folder.parent
     half = FirstReplay(past.header, past.folder, halves, initial)
