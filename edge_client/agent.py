@@ -25,9 +25,12 @@ from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
+from wire_protocol.frames import MAGIC as FRAME_MAGIC
+from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.messages import (
     Chunk,
     Commit,
+    Derivatives,
     DownMessage,
     End,
     Hello,
@@ -97,7 +100,9 @@ class Agent:
         self._trainer: Trainer | None = None
         self._fetch: BlobFetch | BundleFetch | None = None
         self._snapshot: Snapshot | None = None
-        self._work: Iterator[bytes | None] | None = None
+        self._work: Iterator[bytes | Derivatives | None] | None = None
+        self._answering: int | None = None  # the round whose cut gradient came
+        self._answer: Derivatives | None = None  # to it, until it is acknowledged
         self._sent: list[bytes] = []  # frames of the open round
         self._unsent: list[bytes] = []  # those of them that are to be sent again
         self._later = CommitQueue()
@@ -151,6 +156,9 @@ class Agent:
 
     def _receive(self, payload: Payload) -> None:
         try:
+            if bytes(payload[: len(FRAME_MAGIC)]) == FRAME_MAGIC:
+                self._take_gradient(decode_frame(payload))
+                return
             message = decode_down(payload)
         except ProtocolError as error:
             self._say(f"ignored a message: {error}")
@@ -159,6 +167,22 @@ class Agent:
         if not (isinstance(message, Commit) and self._asynchronous):  # others never fall silent
             self._repeated_s = self._heard_s
         self._handle(message)
+
+    def _take_gradient(self, frame: Frame) -> None:
+        """The cut gradient of the open round: answer it, again when it comes again."""
+        trainer = self._trainer
+        if trainer is None or frame.run != trainer.welcome.run or frame.epoch != self._epoch:
+            return
+        trainer.check_gradient(frame)
+        self._heard_s = self._repeated_s = time.monotonic()
+        late = frame.round != trainer.next_round or frame.round == self._acknowledged_round
+        if late or self._snapshot is not None:
+            return
+        if self._answering != frame.round:  # the activation is at the server
+            self._answering, self._unsent = frame.round, []
+            self._work = trainer.answer(self._epoch, frame.tensor)
+        elif self._answer is not None:
+            self._send(self._answer)
 
     def _handle(self, message: DownMessage) -> None:
         match message:
@@ -296,7 +320,7 @@ class Agent:
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
             case Scalars() if message.round == trainer.next_round:
-                self._acknowledged_round = message.round
+                self._acknowledged_round, self._answer = message.round, None
                 self._drop_round()
                 self._apply_later(trainer)
             case Round() if message.round == trainer.next_round != self._acknowledged_round:
@@ -341,7 +365,7 @@ class Agent:
     def _take_part(self, trainer: Trainer) -> None:
         if self._sent:  # the server asks again: what we sent was lost, or is still under way
             self._unsent = list(self._sent)
-        elif self._work is None:
+        elif self._work is None and self._answering is None:
             self._started_unix_s = time.time()
             self._begun_round = trainer.next_round
             self._work = trainer.steps(self._epoch)
@@ -360,13 +384,17 @@ class Agent:
             return
         # Computing is no silence of the server's.
         self._heard_s = self._repeated_s = time.monotonic()
-        if payload is not None:
+        if isinstance(payload, Derivatives):
+            self._answer = payload
+            self._send(payload)
+        elif payload is not None:
             self._sent.append(payload)
             self._publish_frame(payload)
 
     def _drop_round(self) -> None:
         """What was computed of the open round is of no use any more."""
         self._work, self._sent, self._unsent = None, [], []
+        self._answering = self._answer = None
 
     def _publish_frame(self, payload: bytes) -> None:
         self._link.publish(self._topics.frame(self._settings.device_id), payload)
@@ -439,6 +467,8 @@ class Agent:
             self._fetch.restart()
             self._request(self._fetch)
         elif self._trainer is not None:
+            if self._answer is not None:
+                self._send(self._answer)
             self._ready()
         else:
             self._join()

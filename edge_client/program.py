@@ -11,7 +11,7 @@ from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.frames import MAX_FRAME_BYTES
-from wire_protocol.messages import MAX_CONTROL_BYTES, Leave, encode
+from wire_protocol.messages import Leave, encode
 from wire_protocol.mqtt import Address, Link, Will
 from wire_protocol.topics import Topics, check_name
 
@@ -31,7 +31,7 @@ def run_device(
     link = Link(
         f"{settings.fleet}/{settings.device_id}", address,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
-        will=will, max_payload_bytes=MAX_CONTROL_BYTES, packet_limit=packet_limit,
+        will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit,
     )  # fmt: skip
     try:
         link.open(connect_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 from edge_client.bundle import Bundle
 from edge_client.pacing import PacedSession
 from edge_client.shard import Shard
-from edge_client.zo_step import Activation, PhaseClock, zo_step
+from edge_client.zo_step import Activation, PhaseClock, derivatives, zo_step
 from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
+from wire_protocol.errors import HeaderError
 from wire_protocol.frames import Frame, FrameKind, encode_frame
 from wire_protocol.manifest import prepare_inputs, sha256
-from wire_protocol.messages import Commit, Report, Welcome
+from wire_protocol.messages import Commit, Derivatives, Report, Welcome
 
 _NO_LABELS = np.empty(0, np.uint32)
 
@@ -59,15 +61,11 @@ class Trainer:
         welcome, number = self.welcome, self.next_round
         self._clock = PhaseClock(self._read_clock_s)
         self._measured_round = number
-        chosen = batch_indices(
-            welcome.run_seed, welcome.device, number, welcome.batch, self._shard.samples
-        )
-        xs = prepare_inputs([x[chosen] for x in self._shard.xs], self._bundle.manifest.inputs)
-        labels = self._shard.y[chosen].astype(np.uint32)
-        origin = DirectionId(welcome.run_seed, Stream.CLIENT_HALF, welcome.device, number, 0, 0)
+        xs, labels = self._batch()
         self._session.start_round()
+        directions = welcome.directions if welcome.feedback == "loss_difference" else 0
         for part in zo_step(
-            self._session, self.theta, xs, origin, welcome.directions, welcome.lam,
+            self._session, self.theta, xs, self._origin, directions, welcome.lam,
             self._generator, self._clock,
         ):  # fmt: skip
             if part is None:
@@ -83,6 +81,57 @@ class Trainer:
             payload = encode_frame(frame, compressed=welcome.compression == "zstd")
             self._sent_s = self._clock.lap("encode_s", begin_s)
             yield payload
+
+    def check_gradient(self, frame: Frame) -> None:
+        """Raise HeaderError unless a cut gradient is one of this run's."""
+        welcome, shape = self.welcome, (self.welcome.batch, *self._bundle.manifest.activation.shape)
+        if welcome.feedback != "cut_gradient" or frame.kind is not FrameKind.CUT_GRADIENT:
+            raise HeaderError(f"{frame.kind.name.lower()}, which is not for a device of this run")
+        if frame.encoding not in (welcome.encoding, "float32"):
+            raise HeaderError(f"frame in {frame.encoding}, the run has {welcome.encoding}")
+        if frame.tensor.shape != shape or len(frame.labels):
+            raise HeaderError(f"cut gradient of shape {frame.tensor.shape}, not {shape}")
+        if not np.isfinite(frame.tensor).all():
+            raise HeaderError("cut gradient with values that are not finite")
+
+    def answer(self, epoch: int, gradient: NDArray[np.float32]) -> Iterator[Derivatives | None]:
+        """Cut-gradient feedback for round `next_round`: None between directions, then the answer.
+
+        `gradient` (batch, *activation shape) is dL/dh. Needs nothing of `steps`: a device that was
+        started again in between goes on here.
+        """
+        welcome, number = self.welcome, self.next_round
+        if self._measured_round != number:
+            self._clock = PhaseClock(self._read_clock_s)
+            self._measured_round = number
+        scalars: list[float] = []
+        for scalar in derivatives(
+            self._session, self.theta, self._batch()[0], gradient, self._origin,
+            welcome.directions, welcome.lam, self._generator, self._clock,
+        ):  # fmt: skip
+            scalars.append(scalar)
+            yield None
+        self._sent_s = self._read_clock_s()
+        with np.errstate(over="ignore"):  # the server refuses what is not finite
+            payload = np.asarray(scalars, "<f4").tobytes()
+        yield Derivatives(welcome.run, epoch, number, payload)
+
+    @property
+    def _origin(self) -> DirectionId:
+        """Direction k = 0 of this device in round `next_round`."""
+        welcome = self.welcome
+        return DirectionId(
+            welcome.run_seed, Stream.CLIENT_HALF, welcome.device, self.next_round, 0, 0
+        )
+
+    def _batch(self) -> tuple[list[NDArray[Any]], NDArray[np.uint32]]:
+        """Inputs and labels (batch,) of round `next_round`."""
+        welcome = self.welcome
+        chosen = batch_indices(
+            welcome.run_seed, welcome.device, self.next_round, welcome.batch, self._shard.samples
+        )
+        xs = prepare_inputs([x[chosen] for x in self._shard.xs], self._bundle.manifest.inputs)
+        return xs, self._shard.y[chosen].astype(np.uint32)
 
     def apply(self, commit: Commit) -> float:
         """Replay the commit of `next_round`; returns the seconds it took.

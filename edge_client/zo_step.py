@@ -98,6 +98,29 @@ def zo_step(
         yield Differences(first_k, differences[:count])
 
 
+def derivatives(
+    session: Forward,
+    theta: Vector,
+    xs: Sequence[NDArray[Any]],
+    gradient: Vector,
+    origin: DirectionId,
+    directions: int,
+    lam: float,
+    generator: DirectionGenerator,
+    clock: PhaseClock,
+) -> Iterator[float]:
+    """Cut-gradient feedback: <g, h+ - h-> of each direction, to first order L(h+) - L(h-).
+
+    g is `gradient` = dL/dh (batch, *activation shape) at h. Summed in float64; one difference is
+    held at a time.
+    """
+    difference = np.empty_like(gradient)
+    for k in range(directions):
+        direction = DirectionId(*origin[:-1], k)
+        _difference(session, theta, xs, direction, lam, generator, clock, difference)
+        yield float(np.einsum("i,i->", gradient.ravel(), difference.ravel(), dtype=np.float64))
+
+
 def _difference(
     session: Forward, theta: Vector, xs: Sequence[NDArray[Any]], direction: DirectionId,
     lam: float, generator: DirectionGenerator, clock: PhaseClock, out: Vector,

@@ -23,8 +23,8 @@ from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
-from wire_protocol.frames import Frame, decode_frame
-from wire_protocol.messages import Commit, DownMessage, Round
+from wire_protocol.frames import Frame, decode_frame, encode_frame
+from wire_protocol.messages import Commit, Derivatives, DownMessage, Round, Scalars
 
 
 class InProcessFleet:
@@ -43,6 +43,8 @@ class InProcessFleet:
         self._opened: deque[Round] = deque()
         self._under_way: deque[tuple[int, list[Frame]]] = deque()  # asynchronous, by device
         self._freed: deque[int] = deque()  # asynchronous: devices whose commit was made
+        self._later: dict[int, list[Commit]] = {}  # asynchronous: what came while a device works
+        self._gradients: list[tuple[int, Frame]] = []
 
     def run(self, *, frozen: bool = False, history: History | None = None) -> Run:
         """Run the experiment, or on from its `history`, to its end; files as in any run folder."""
@@ -66,8 +68,11 @@ class InProcessFleet:
     def broadcast(self, message: DownMessage) -> None:
         """Commits are replayed at once; rounds are computed when their turn comes."""
         if isinstance(message, Commit):
-            for trainer in self._trainers:
-                trainer.apply(message)
+            for device, trainer in enumerate(self._trainers):
+                if device in self._later:
+                    self._later[device].append(message)
+                else:
+                    trainer.apply(message)
             self._freed.extend(entry.device for entry in message.entries)
         elif isinstance(message, Round):
             self._opened.append(message)
@@ -75,7 +80,15 @@ class InProcessFleet:
     def send(self, device: int, message: DownMessage) -> None:
         """Replies are acknowledgements; a round of its own is computed on the weights of now."""
         if isinstance(message, Round):
+            self._later[device] = []
             self._under_way.append((device, self._frames(device)))
+        elif isinstance(message, Scalars):
+            for commit in self._later.pop(device, ()):
+                self._trainers[device].apply(commit)
+
+    def send_frame(self, device: int, frame: Frame) -> None:
+        """Cut gradients cross the wire's encoding, and are answered when the server waits."""
+        self._gradients.append((device, decode_frame(encode_frame(frame))))
 
     def offer_blob(self, data: bytes) -> str:
         """Nobody falls behind here."""
@@ -93,6 +106,20 @@ class InProcessFleet:
                 run.work()
         while run.work():
             pass
+        while self._gradients:
+            self._answer(run)
+            while run.work():
+                pass
+
+    def _answer(self, run: Run) -> None:
+        """All devices that were sent a cut gradient answer it."""
+        gradients, self._gradients = self._gradients, []
+        if self._shuffle is not None:
+            self._shuffle.shuffle(gradients)
+        for device, frame in gradients:
+            for answer in self._trainers[device].answer(0, frame.tensor):
+                if isinstance(answer, Derivatives):
+                    run.derivatives(device, answer)
 
     def _deliver_next(self, run: Run) -> None:
         index = self._shuffle.randrange(len(self._under_way)) if self._shuffle is not None else 0
@@ -103,6 +130,10 @@ class InProcessFleet:
             run.frame(device, frame)
         while run.work():
             pass
+        while self._gradients:
+            self._answer(run)
+            while run.work():
+                pass
         while self._freed and run.finished is None:
             freed = self._freed.popleft()
             run.ready(freed, self._trainers[freed].next_round)

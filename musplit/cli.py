@@ -403,8 +403,9 @@ def emulate(
 def replay(run: Path, halves: Path | None, output: str) -> None:
     """Rebuild both halves of a run from bundle, server half and journal, and compare digests.
 
-    RUN holds journal.bin, client/ and server/; nothing else is needed, on any processor. Exit
-    code 1 when the digests differ from the journaled ones.
+    RUN holds journal.bin, client/ and server/; nothing else is needed, on any processor. The server
+    half of a first-order run needs frames.bin too, torch, and what the run computed on. Exit
+    code 1 when the digests differ from the journaled ones, or frames.bin ends too early.
 
     \b
     musplit replay runs/digits-20260101-120000
@@ -419,14 +420,17 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
         print(json.dumps(result._asdict()))
     else:
         verdict = {True: "match", False: "DIFFER", None: "not journaled"}[result.matches]
+        told = f"rounds {result.server_first_round} to {result.server_rounds - 1}"
         print(f"rounds                 {result.rounds}")
         print(f"client_weights_sha256  {result.client_sha256}")
         print(f"server_weights_sha256  {result.server_sha256}")
+        print(f"server half replayed   {told}")
         print(f"journaled digests      {verdict}")
         print(f"run ended              {'yes' if result.complete else 'no: it was cut'}")
         for note in result.notes:
             print(f"note: {note}")
-    sys.exit(1 if result.matches is False else 0)
+    whole = result.server_rounds == result.rounds
+    sys.exit(1 if result.matches is False or not whole else 0)
 
 
 def _default_config() -> Path:

@@ -21,6 +21,9 @@ class Rules(NamedTuple):
     replicas: int = 1  # steps of as many devices may be computed at once
     tau_cap: int = 0  # above tau: tau fills the measured slack, up to so many steps
     staleness_limit: int = 0  # asynchronous: older contributions are dropped
+    cut_gradient: bool = False  # devices learn from dL/dh, and send no differences
+    pooled: bool = False  # the steps of a round are computed once, on the frames of all
+    first_order: bool = False  # a device's steps are computed in one go: its copy is not rebuilt
 
 
 # -- actions: what the driver must do, in order
@@ -56,6 +59,13 @@ class Reply(NamedTuple):
     scalars: list[float]
 
 
+class SendGradient(NamedTuple):
+    """Send a device dL/dh of its activation at the stepped copy, which the half still holds."""
+
+    device: int
+    round: int
+
+
 class Contribution(NamedTuple):
     """One device's complete share of a round."""
 
@@ -66,12 +76,17 @@ class Contribution(NamedTuple):
 
 
 class CloseRound(NamedTuple):
-    """Commit a round; contributions by ascending device, `dropped` says why others are missing."""
+    """Commit a round; contributions by ascending device, `dropped` says why others are missing.
+
+    `stepped` (ascending) are those whose server steps count, None: the contributors'. Of a pooled
+    round it is the leader; in first order also who was dropped after the steps.
+    """
 
     round: int
     contributions: list[Contribution]
     dropped: dict[int, str]
     opened_s: float
+    stepped: list[int] | None = None
 
 
 class Ignore(NamedTuple):
@@ -96,13 +111,16 @@ class Finish(NamedTuple):
     detail: str
 
 
-Action = OpenRound | OpenShare | Remind | Reply | CloseRound | Ignore | Finish
+Action = OpenRound | OpenShare | Remind | Reply | SendGradient | CloseRound | Ignore | Finish
 
 # -- work: what the driver should compute next, one piece at a time
 
 
 class Step(NamedTuple):
-    """Server step `step` of tau for a device, in its slot of `replicas`."""
+    """Server step `step` of tau for a device, in its slot of `replicas`.
+
+    Pooled: for the leader, the lowest device of the pool.
+    """
 
     device: int
     step: int

@@ -4,6 +4,9 @@ Events, actions and work are those of coordinator.py. Rounds count commits. A de
 the version of the weights it has, which names its batch and directions: round v; its contribution
 becomes commit w >= v, with staleness w - v. Its server steps begin when its last frame is here and
 go on to its last scalar without anything in between: they see one base, the newest.
+
+With cut-gradient feedback they begin with its activation. In first order they are a commit of
+their own then, since nothing but their frames could make them again; the device's answer is one more.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from server_node.actions import (
     Remind,
     Reply,
     Rules,
+    SendGradient,
     Step,
     Work,
 )
@@ -44,6 +48,7 @@ class _Share:
     unmeasured: set[int] = field(default_factory=set)  # first k of groups without scalars yet
     server_scalars: list[list[float]] = field(default_factory=list)
     client_scalars: dict[int, float] = field(default_factory=dict)
+    asked: bool = False  # was sent the cut gradient
 
 
 class AsynchronousCoordinator:
@@ -88,8 +93,10 @@ class AsynchronousCoordinator:
         self._present.add(device)
         self._away_since_s.pop(device, None)
         share = self._shares.get(device)
-        if self.finished or (share is not None and self._delivered(share)):
+        if self.finished or (share is not None and self._in_line(share)):
             return []
+        if share is not None and share.asked and share.version == next_round:
+            return [SendGradient(device, share.version)]
         if share is not None and share.version in (next_round, self.round):
             return [Remind(device, share.version, [device])]  # what either side sent was lost
         self._shares.pop(device, None)  # it has, or will have, other weights
@@ -130,6 +137,19 @@ class AsynchronousCoordinator:
         share.unmeasured.add(first_k)
         return self._received(device, share, now_s)
 
+    def derivatives(
+        self, device: int, round_number: int, scalars: list[float], now_s: float
+    ) -> list[Action]:
+        """Cut-gradient feedback: a device's K scalars are here, all finite."""
+        share = self._awaited(device, round_number)
+        if isinstance(share, Ignore):
+            return [share]
+        if not share.asked or len(scalars) != self._rules.directions:
+            return [Ignore(device, "not asked")]
+        self._progress_s = now_s
+        share.client_scalars = dict(enumerate(scalars))
+        return self._commit(device, share, now_s)
+
     def step_took(self, seconds: float) -> None:
         """The server step that is told of next took so long."""
         self.tau.step_took(seconds)
@@ -140,6 +160,8 @@ class AsynchronousCoordinator:
         share.server_scalars.append(scalars)
         if len(share.server_scalars) == 1 and self.tau.adaptive:
             share.tau = self.tau.tau(1, self._slack_s(now_s), 1)
+            if self._rules.first_order:  # the first step was not its copy's last
+                share.tau = max(share.tau, 2)
         return self._computed(device, share, scalars, now_s)
 
     def measured(
@@ -186,6 +208,16 @@ class AsynchronousCoordinator:
         """One device at a time: the next one's copy starts where this one's commit ends."""
         return [first]
 
+    def is_last(self, step: Step) -> bool:
+        """True when a device has all its steps after this one; what is planned later adds some."""
+        planned = step.step > 0 or not self.tau.adaptive
+        return planned and step.step + 1 == self._shares[step.device].tau
+
+    @property
+    def pool(self) -> list[int]:
+        """Nothing is pooled where nobody waits."""
+        return []
+
     def version(self, device: int) -> int:
         """The round of a device's batch and directions."""
         return self._shares[device].version
@@ -214,7 +246,7 @@ class AsynchronousCoordinator:
 
     def _received(self, device: int, share: _Share, now_s: float) -> list[Action]:
         self._progress_s = now_s
-        if self._delivered(share):
+        if self._in_line(share):
             self.tau.arrived(device, now_s - share.opened_s)
             if self._queue and self.tau.adaptive:  # no slack is left: the step under way is enough
                 working = self._shares[self._queue[0]]
@@ -229,8 +261,14 @@ class AsynchronousCoordinator:
         self._progress_s = now_s
         if not all(map(math.isfinite, scalars)):
             return self._not_finite(device, now_s)
-        all_steps = len(share.server_scalars) == share.tau
-        if not all_steps or len(share.client_scalars) < self._rules.directions:
+        if len(share.server_scalars) < share.tau:
+            return []
+        if self._rules.cut_gradient and self._rules.directions:
+            share.asked = True
+            self._queue.popleft()
+            asked = SendGradient(device, share.version)
+            return [asked, *(self._close(None, [device], now_s) if self._rules.first_order else [])]
+        if len(share.client_scalars) < self._rules.directions:
             return []
         return self._commit(device, share, now_s)
 
@@ -238,12 +276,22 @@ class AsynchronousCoordinator:
         in_order = [share.client_scalars[k] for k in sorted(share.client_scalars)]
         staleness = self.round - share.version
         contribution = Contribution(device, in_order, share.server_scalars, staleness)
-        actions: list[Action] = [
-            Reply(device, share.version, in_order),
-            CloseRound(self.round, [contribution], self._dropped, self._committed_s),
-        ]
-        self._queue.popleft()
+        if not share.asked:
+            self._queue.popleft()
         del self._shares[device]
+        stepped = ([] if share.asked else [device]) if self._rules.first_order else None
+        return [
+            Reply(device, share.version, in_order), *self._close(contribution, stepped, now_s)
+        ]  # fmt: skip
+
+    def _close(
+        self, contribution: Contribution | None, stepped: list[int] | None, now_s: float
+    ) -> list[Action]:
+        """One commit; `stepped` as in CloseRound."""
+        contributions = [contribution] if contribution is not None else []
+        actions: list[Action] = [
+            CloseRound(self.round, contributions, self._dropped, self._committed_s, stepped)
+        ]
         self._dropped = {}
         self._returned.clear()
         self._barren = 0
@@ -290,6 +338,12 @@ class AsynchronousCoordinator:
 
     def _delivered(self, share: _Share) -> bool:
         return share.activation and sum(share.received.values()) == self._rules.directions
+
+    def _in_line(self, share: _Share) -> bool:
+        """Whether its server steps can begin, or are under way."""
+        if self._rules.cut_gradient:
+            return share.activation and not share.asked
+        return self._delivered(share)
 
     def _slack_s(self, now_s: float) -> float:
         """How long until the frames of the next device are expected: nobody waits until then."""

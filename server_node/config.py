@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from server_node.combinations import nonsense
 from server_node.errors import ConfigError
 from server_node.sections import (
     DataSection,
@@ -95,7 +96,11 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_value(value: object) -> str:
-    """JSON, which TOML reads too, but for DEL: that must be escaped."""
+    """JSON, which TOML reads too, but for tables, and for DEL: that must be escaped."""
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        )
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
 
 
@@ -165,6 +170,7 @@ def _check(config: Config, where: str) -> None:
         "emulation.speed: has more entries than devices": len(config.emulation.speed) > count,
         "emulation.delay_s: has more entries than devices": len(config.emulation.delay_s) > count,
     }
+    problems |= nonsense(config.method, config.round, config.server)
     for problem, holds in problems.items():
         if holds:
             raise ConfigError(f"{where}: {problem}")

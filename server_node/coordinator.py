@@ -24,6 +24,7 @@ from server_node.actions import (
     Remind,
     Reply,
     Rules,
+    SendGradient,
     Step,
     Work,
 )
@@ -46,6 +47,9 @@ class _Share:
     unmeasured: set[int] = field(default_factory=set)  # first k of groups without scalars yet
     client_scalars: dict[int, float] = field(default_factory=dict)
     dropped: str = ""
+    queued: bool = False
+    stepped: bool = False  # all its server steps are computed, and finite
+    asked: bool = False  # was sent the cut gradient
     complete: bool = False
 
 
@@ -59,8 +63,9 @@ class Coordinator:
         self._gone: set[int] = set()
         self._returned: set[int] = set()  # in the open round
         self._shares: dict[int, _Share] = {}
-        self._queue: deque[int] = deque()  # devices whose activation came, in that order
-        self._opened_s = self._progress_s = now_s
+        self._queue: deque[int] = deque()  # devices that can be stepped for, in order of arrival
+        self._pool: list[int] = []  # pooled: the devices of the steps, ascending
+        self._opened_s = self._progress_s = self._deadline_from_s = now_s
         self._deadline_over = False
         self._barren = 0
         self.tau = TauController(rules.tau, rules.tau_cap)
@@ -87,7 +92,9 @@ class Coordinator:
             return self._open(self.round, now_s) if self._idle() else []
         if share.complete:
             return [self._reply(device, share)]
-        if self._delivered(share):
+        if share.asked and not share.client_scalars:
+            return [SendGradient(device, self.round)]
+        if self._delivered(share) or (share.activation and self._rules.cut_gradient):
             return []
         return [Remind(device, self.round, sorted(self._shares))]
 
@@ -106,7 +113,7 @@ class Coordinator:
         if share.activation:
             return [Ignore(device, "duplicate")]
         share.activation = True
-        self._queue.append(device)
+        self._line_up(device, share)
         self._arrived(device, share, now_s)
         return []
 
@@ -124,20 +131,45 @@ class Coordinator:
             return [Ignore(device, "directions out of range")]
         share.received[first_k] = count
         share.unmeasured.add(first_k)
+        self._line_up(device, share)
         self._arrived(device, share, now_s)
         return []
+
+    def derivatives(
+        self, device: int, round_number: int, scalars: list[float], now_s: float
+    ) -> list[Action]:
+        """Cut-gradient feedback: a device's K scalars are here, all finite."""
+        share = self._awaited(device, round_number)
+        if isinstance(share, Ignore):
+            return [share]
+        if share.complete:  # its acknowledgement was lost
+            return [Ignore(device, "duplicate"), self._reply(device, share)]
+        if not share.asked or len(scalars) != self._rules.directions:
+            return [Ignore(device, "not asked")]
+        share.client_scalars = dict(enumerate(scalars))
+        self._progress_s = now_s
+        return [*self._completed(device, share), *self._close_if_complete(now_s)]
 
     def step_took(self, seconds: float) -> None:
         """The server steps that are told of next took so long, computed at once."""
         self.tau.step_took(seconds)
 
     def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
-        """A server step was computed: its K_s scalars."""
+        """A server step was computed: its K_s scalars, or in first order its loss."""
         share = self._shares[device]
         share.server_scalars.append(scalars)
         if len(share.server_scalars) == 1 and self.tau.adaptive:
             self._plan(share, now_s)
-        return self._computed(device, share, scalars, now_s)
+        self._progress_s = now_s
+        actions: list[Action] = []
+        group = self._pool or [device]
+        if not all(map(math.isfinite, scalars)):
+            for member in group:
+                self._drop(member, "not finite")
+        elif len(share.server_scalars) == share.tau:
+            for member in group:
+                actions += self._all_stepped(member, now_s)
+        return [*actions, *self._close_if_complete(now_s)]
 
     def measured(
         self, device: int, first_k: int, scalars: list[float], now_s: float
@@ -146,7 +178,10 @@ class Coordinator:
         share = self._shares[device]
         share.unmeasured.discard(first_k)
         share.client_scalars.update(enumerate(scalars, first_k))
-        return self._computed(device, share, scalars, now_s)
+        self._progress_s = now_s
+        if not all(map(math.isfinite, scalars)):
+            self._drop(device, "not finite")
+        return [*self._completed(device, share), *self._close_if_complete(now_s)]
 
     def tick(self, now_s: float) -> list[Action]:
         """Time has passed: absences, deadline, stall."""
@@ -159,10 +194,10 @@ class Coordinator:
                 self._drop(device, "left")
         if self._deadline_passed(now_s):
             self._deadline_over = True
-            delivered = [d for d, share in self._live() if self._delivered(share)]
+            delivered = [d for d, share in self._live() if self._in_time(share)]
             if len(delivered) >= max(1, self._rules.quorum):
                 for device, share in list(self._live()):
-                    if not self._delivered(share):
+                    if not self._in_time(share):
                         self.tau.arrived(device, now_s - self._opened_s)
                         self._drop(device, "deadline")
         if now_s - self._progress_s >= self._rules.stall_s:
@@ -180,15 +215,18 @@ class Coordinator:
         """The most useful piece of work, or None.
 
         Answers first; otherwise the steps of the device whose activation came first, all tau of
-        them, so that the working copy is rebuilt as rarely as possible.
+        them, so that the working copy is rebuilt as rarely as possible. Pooled steps begin when
+        every activation is here that is still awaited.
         """
+        if self._rules.pooled and not self._fill_pool():
+            return None
         stepping: Work | None = None
         for device in self._queue:
             share = self._shares[device]
             if share.dropped or share.complete:
                 continue
-            if len(share.server_scalars) < share.tau:
-                stepping = stepping or self._step(device, share)
+            if not share.stepped:
+                stepping = stepping or self._step(device)
             elif share.unmeasured:
                 return Measure(device, min(share.unmeasured))
         return stepping
@@ -202,8 +240,8 @@ class Coordinator:
         steps = {first.slot: first}
         for device in self._queue:
             share = self._shares[device]
-            if not share.dropped and len(share.server_scalars) < share.tau:
-                step = self._step(device, share)
+            if not share.dropped and not share.stepped:
+                step = self._step(device)
                 steps.setdefault(step.slot, step)
         return list(steps.values())
 
@@ -214,8 +252,18 @@ class Coordinator:
         times = [since_s + self._rules.rejoin_s for since_s in self._away_since_s.values()]
         times.append(self._progress_s + self._rules.stall_s)
         if self._rules.deadline_s and self._shares and not self._deadline_over:
-            times.append(self._opened_s + self._rules.deadline_s)
+            times.append(self._deadline_from_s + self._rules.deadline_s)
         return min(times)
+
+    def is_last(self, step: Step) -> bool:
+        """True when a device has all its steps after this one; what is planned later adds some."""
+        planned = step.step > 0 or not self.tau.adaptive
+        return planned and step.step + 1 == self._shares[step.device].tau
+
+    @property
+    def pool(self) -> list[int]:
+        """Pooled: the devices of the open round whose frames are stepped on, ascending."""
+        return self._pool
 
     @property
     def waiting(self) -> bool:
@@ -224,7 +272,10 @@ class Coordinator:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _step(self, device: int, share: _Share) -> Step:
+    def _step(self, device: int) -> Step:
+        """The next step of a device; pooled: of the leader."""
+        device = self._pool[0] if self._pool else device
+        share = self._shares[device]
         return Step(device, len(share.server_scalars), share.rank % self._rules.replicas)
 
     def _arrived(self, device: int, share: _Share, now_s: float) -> None:
@@ -254,12 +305,41 @@ class Coordinator:
             for device, other in self._live()
         )
         share.tau = self.tau.tau(1, close_s - now_s, sharing)
+        if self._rules.first_order:  # the first step was not its copy's last
+            share.tau = max(share.tau, 2)
 
     def _hurry(self) -> None:
         """Nobody is awaited any more: beyond the floor, the step under way is the last."""
         if self.tau.adaptive and not self.waiting:
             for _, share in self._live():
                 share.tau = min(share.tau, max(self._rules.tau, len(share.server_scalars) + 1))
+
+    def _line_up(self, device: int, share: _Share) -> None:
+        """With its activation; with all frames where its copy must be measured at once."""
+        rules = self._rules
+        at_once = rules.first_order and not rules.pooled and not rules.cut_gradient
+        here = self._delivered(share) if at_once else share.activation
+        if here and not share.queued:
+            share.queued = True
+            self._queue.append(device)
+
+    def _fill_pool(self) -> bool:
+        """True when the pooled steps can be computed, or are."""
+        if not self._pool:
+            live = self._live()
+            if live and all(share.activation for _, share in live):
+                self._pool = sorted(device for device, _ in live)
+        return bool(self._pool)
+
+    def _all_stepped(self, device: int, now_s: float) -> list[Action]:
+        share = self._shares[device]
+        share.stepped = True
+        if share.dropped or not (self._rules.cut_gradient and self._rules.directions):
+            return self._completed(device, share)
+        share.asked = True
+        if self._rules.pooled:  # the deadline counts anew for the answers
+            self._deadline_from_s, self._deadline_over = now_s, False
+        return [SendGradient(device, self.round)]
 
     def _awaited(self, device: int, round_number: int) -> _Share | Ignore:
         share = self._shares.get(device)
@@ -271,20 +351,14 @@ class Coordinator:
             return Ignore(device, "late")
         return share
 
-    def _computed(
-        self, device: int, share: _Share, scalars: list[float], now_s: float
-    ) -> list[Action]:
-        self._progress_s = now_s
-        if share.dropped:
-            return self._close_if_complete(now_s)
-        if not all(map(math.isfinite, scalars)):
-            self._drop(device, "not finite")
-            return self._close_if_complete(now_s)
-        all_steps = len(share.server_scalars) == share.tau
-        if not all_steps or len(share.client_scalars) < self._rules.directions:
+    def _completed(self, device: int, share: _Share) -> list[Action]:
+        """The reply, when nothing is missing any more."""
+        if share.dropped or not share.stepped:
+            return []
+        if len(share.client_scalars) < self._rules.directions:
             return []
         share.complete = True
-        return [self._reply(device, share), *self._close_if_complete(now_s)]
+        return [self._reply(device, share)]
 
     def _reply(self, device: int, share: _Share) -> Reply:
         return Reply(device, self.round, _in_order(share.client_scalars))
@@ -306,26 +380,39 @@ class Coordinator:
         dropped = {device: share.dropped for device, share in self._shares.items() if share.dropped}
         if not contributions and "left" in dropped.values() and not self._candidates():
             # Everybody left: the round stays open for whoever comes back.
-            self._shares = {}
-            self._queue.clear()
+            self._forget_round()
             return []
         if contributions:
             self._barren = 0
         elif "not finite" in dropped.values():
             self._barren += 1
-        closed = CloseRound(self.round, contributions, dropped, self._opened_s)
-        self._shares = {}
-        self._queue.clear()
+        closed = CloseRound(
+            self.round, contributions, dropped, self._opened_s, self._stepped_devices()
+        )
+        self._forget_round()
         if self._barren >= BARREN_ROUNDS:
             text = f"{BARREN_ROUNDS} rounds in a row gave no finite scalar; use smaller steps"
             return [closed, *self._finish(Outcome.DIVERGED, text)]
         return [closed, *self._open(self.round + 1, now_s)]
 
+    def _stepped_devices(self) -> list[int] | None:
+        """See CloseRound.stepped."""
+        if self._rules.pooled:
+            return [device for device in self._pool[:1] if self._shares[device].stepped]
+        if not self._rules.first_order:
+            return None
+        return sorted(device for device, share in self._shares.items() if share.stepped)
+
+    def _forget_round(self) -> None:
+        self._shares = {}
+        self._queue.clear()
+        self._pool = []
+
     def _open(self, number: int, now_s: float) -> list[Action]:
         self.round = number
         if number >= self._rules.rounds:
             return self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")
-        self._opened_s = self._progress_s = now_s
+        self._opened_s = self._progress_s = self._deadline_from_s = now_s
         self._deadline_over = False
         self._returned.clear()
         chosen = draw_participants(
@@ -349,11 +436,22 @@ class Coordinator:
         return [(device, share) for device, share in self._shares.items() if not share.dropped]
 
     def _delivered(self, share: _Share) -> bool:
+        if self._rules.cut_gradient:
+            return share.activation and len(share.client_scalars) == self._rules.directions
         return share.activation and sum(share.received.values()) == self._rules.directions
+
+    def _in_time(self, share: _Share) -> bool:
+        """Whether a deadline that acts now spares a participant.
+
+        Pooled, nobody can answer the gradient before all activations are here or given up.
+        """
+        if self._rules.cut_gradient and self._rules.pooled and not share.asked:
+            return share.activation
+        return self._delivered(share)
 
     def _deadline_passed(self, now_s: float) -> bool:
         deadline_s = self._rules.deadline_s
-        return bool(self._shares) and deadline_s > 0 and now_s >= self._opened_s + deadline_s
+        return bool(self._shares) and deadline_s > 0 and now_s >= self._deadline_from_s + deadline_s
 
 
 def _in_order(scalars: dict[int, float]) -> list[float]:

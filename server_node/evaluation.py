@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from export.cuts import Half
 from server_node.errors import DataError
+from server_node.first_half import FirstHalf
 from server_node.flat import parameter_views
-from server_node.half import Scores, ServerHalf
+from server_node.half import ServerHalf
 from server_node.samples import Dataset
+from server_node.torch_half import Scores
 from wire_protocol.manifest import Manifest, misfit, prepare_inputs
 
 _ROWS: Final = 1024
@@ -35,7 +37,7 @@ class Evaluator:
         self._labels = data.y_test
 
     @torch.inference_mode()
-    def scores(self, client_weights: NDArray[np.float32], server: ServerHalf) -> Scores:
+    def scores(self, client_weights: NDArray[np.float32], server: ServerHalf | FirstHalf) -> Scores:
         """Loss and accuracy of client weights (d_c,) with the server's base weights."""
         for _, parameter, view in parameter_views(self._module, torch.from_numpy(client_weights)):
             parameter.copy_(view)

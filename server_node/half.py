@@ -8,9 +8,8 @@ arXiv 2510.21155, alg. 1). R = 1 unless the configuration asks for steps in batc
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,12 +21,10 @@ from server_node.errors import ConfigError
 from server_node.flat import aligned_rows, bind, parameter_views
 from server_node.signs import NumpySigns, Signs
 from server_node.torch_directions import TorchSigns
+from server_node.torch_half import ActivationBatch, Scores, TorchHalf, Turn, as_float32
 from wire_protocol.directions import DirectionId, Stream
 from wire_protocol.estimator import step_scale
 
-# Loss differences are measured in batches of at most this many activations.
-_MEASURE_ROWS: Final = 4096
-_EVALUATE_ROWS: Final = 1024
 # Directions of a step whose signs are kept for its update: as large as one float32 vector.
 _DIRECTIONS_KEPT: Final = 32
 # Batched and single outputs come from different kernels; float32 agrees far better than this.
@@ -36,30 +33,7 @@ _BATCHED_RELATIVE_ERROR: Final = 1e-4
 Vector = NDArray[np.float32]
 
 
-class ActivationBatch(NamedTuple):
-    """A device's activation h (batch, *activation shape) and labels (batch,), on the device."""
-
-    h: torch.Tensor
-    labels: torch.Tensor
-
-
-class Turn(NamedTuple):
-    """A device's next step: where in the batch it is computed, and the scalars of those before."""
-
-    slot: int
-    device: int
-    batch: ActivationBatch
-    done: list[list[float]]
-
-
-class Scores(NamedTuple):
-    """Mean cross-entropy and share of right answers on the test set."""
-
-    loss: float
-    accuracy: float
-
-
-class ServerHalf:
+class ServerHalf(TorchHalf):
     """Weights and arithmetic of the server half on one torch device.
 
     With `replicas` R > 1 the steps of up to R devices are computed at once. The batch has R places
@@ -71,12 +45,11 @@ class ServerHalf:
         self, module: nn.Module, weights: Vector, *, run_seed: int, lam: float,
         directions: int, device: torch.device, replicas: int = 1,
     ) -> None:  # fmt: skip
+        super().__init__(module, device)
         self._run_seed = run_seed
         self._lam = lam
         self._directions = directions
-        self._device = device
         self._replicas = replicas
-        self._module = module.to(device).eval()
         self._signs: Signs = TorchSigns(device) if device.type == "cuda" else NumpySigns()
         self._base = aligned_rows(1, len(weights), device)[0]
         self._working = aligned_rows(replicas, len(weights), device)
@@ -103,10 +76,6 @@ class ServerHalf:
         """Steps from here on belong to this round and have this size."""
         self._round, self._eta = number, eta
         self._forget()
-
-    def place(self, h: Vector, labels: NDArray[np.uint32]) -> ActivationBatch:
-        """Copy what a frame brought into aligned memory of this device."""
-        return ActivationBatch(self._tensor(h), self._labels(labels))
 
     @torch.inference_mode()
     def check_batching(self, shape: Sequence[int]) -> None:
@@ -152,7 +121,7 @@ class ServerHalf:
                 kept.append(packed)
             plus, minus = self._sides(turns, packed)
             for turn, row in zip(turns, scalars, strict=True):
-                row.append(_float32(plus[turn.slot] - minus[turn.slot]))
+                row.append(as_float32(plus[turn.slot] - minus[turn.slot]))
         for k in range(self._directions):
             scales = [0.0] * self._replicas
             for turn, row in zip(turns, scalars, strict=True):
@@ -169,31 +138,20 @@ class ServerHalf:
     ) -> list[float]:
         """L(x_s^tau; h + d/2) - L(x_s^tau; h - d/2) for each d of `differences` (K, *h.shape)."""
         self._copy_into_scratch(device, done)
-        rows = len(batch.labels)
-        group = max(1, _MEASURE_ROWS // (2 * rows))
-        scalars: list[float] = []
-        for first in range(0, len(differences), group):
-            half = self._tensor(differences[first : first + group]) * 0.5
-            sides = torch.stack((batch.h + half, batch.h - half), dim=1).flatten(0, 2)
-            losses = self._losses(sides, batch.labels.repeat(2 * len(half)))
-            means = losses.double().reshape(len(half), 2, rows).mean(dim=2)
-            scalars += [_float32(value) for value in (means[:, 0] - means[:, 1]).tolist()]
-        return scalars
+        return self._loss_differences(batch, differences)
+
+    def cut_gradient(self, device: int, batch: ActivationBatch, done: list[list[float]]) -> Vector:
+        """dL/dh (batch, *activation shape) of the mean loss over `batch` at x_s^tau."""
+        with torch.inference_mode():
+            self._copy_into_scratch(device, done)
+        return self._gradient(batch)
 
     @torch.inference_mode()
     def evaluate(self, h: Vector, labels: NDArray[np.int64]) -> Scores:
         """Scores of the base weights on activations h (n, *activation shape)."""
         self._scratch.copy_(self._base)
         self._scratch_holds = None
-        loss = right = 0.0
-        for first in range(0, len(labels), _EVALUATE_ROWS):
-            part = labels[first : first + _EVALUATE_ROWS]
-            truth = self._labels(part)
-            logits = self._module(self._tensor(h[first : first + _EVALUATE_ROWS]))
-            losses = functional.cross_entropy(logits, truth, reduction="none")
-            loss += float(losses.double().sum())
-            right += int((logits.argmax(1) == truth).sum())
-        return Scores(loss / len(labels), right / len(labels))
+        return self._scores(h, labels)
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -280,20 +238,3 @@ class ServerHalf:
         state = {name: view for name, _, view in parameter_views(self._module, weights)}
         logits: torch.Tensor = torch.func.functional_call(self._module, state, (h,))
         return logits
-
-    def _losses(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(self._module(h), labels, reduction="none")
-
-    def _tensor(self, array: Vector) -> torch.Tensor:
-        # A frame's body may be unaligned; a fresh tensor never is.
-        tensor = torch.empty(array.shape, dtype=torch.float32)
-        tensor.numpy()[...] = array
-        return tensor.to(self._device)
-
-    def _labels(self, labels: NDArray[np.uint32] | NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(labels.astype(np.int64)).to(self._device)
-
-
-def _float32(value: float) -> float:
-    """The nearest float32, or infinity: what the journal and the wire carry."""
-    return ctypes.c_float(value).value

@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -49,6 +49,9 @@ class Header(Struct, frozen=True, tag="run", forbid_unknown_fields=True):
     client_optimiser: ClientOptimiser
     momentum: float
     beta2: float
+    server_order: Literal["zeroth", "first"] = "zeroth"
+    server_optimiser: str = ""  # first order: a class of torch.optim, and its options
+    server_options: dict[str, float | bool | list[float]] = {}
 
     @property
     def client_rule(self) -> ClientRule:
@@ -73,6 +76,7 @@ class Share(Struct, frozen=True, array_like=True):
     server_scalars: bytes  # (tau, K_s), row-major; empty in first order
     directions_server: Annotated[int, Meta(ge=1)]  # K_s
     staleness: U32 = 0  # its directions are those of round `round - staleness`
+    server_steps: U32 = 0  # first order: steps that were made on its frame, or the pooled ones
 
 
 class RoundClosed(Struct, frozen=True, tag="round", array_like=True):
@@ -95,11 +99,12 @@ class Guarded(Struct, frozen=True, tag="guard", array_like=True):
 
 
 class Digests(Struct, frozen=True, tag="digests", array_like=True):
-    """SHA-256 of both halves' weights before `next_round`."""
+    """SHA-256 of both halves' weights before `next_round`; first order: the optimiser's too."""
 
     next_round: int
     client_sha256: str
     server_sha256: str
+    optimiser_sha256: str = ""
 
 
 class Ended(Struct, frozen=True, tag="end", array_like=True):

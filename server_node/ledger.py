@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from server_node.actions import CloseRound, Outcome, Step, Work
-from server_node.checkpoint import save_checkpoint
-from server_node.half import Scores
+from server_node.checkpoint import ANCHOR_FILE, Checkpoint, save_checkpoint
+from server_node.frames_log import (
+    FramesWriter,
+    StoredFrame,
+    StoredRound,
+    StoredTurn,
+    continue_frames,
+)
 from server_node.journal import (
     JOURNAL_FILE,
     DeviceJoined,
@@ -23,6 +26,7 @@ from server_node.journal import (
     Resumed,
     RoundClosed,
 )
+from server_node.pool import UsedFrame, UsedTurn
 from server_node.recorder import (
     NOTHING_RECORDED,
     DeviceReport,
@@ -34,6 +38,7 @@ from server_node.recorder import (
     unmeasured,
 )
 from server_node.resume import Past
+from server_node.torch_half import Scores
 from server_node.trace import ROUNDS, SERVER_PID, Trace
 from wire_protocol.frames import Frame
 from wire_protocol.manifest import sha256
@@ -41,15 +46,14 @@ from wire_protocol.messages import Report
 
 TRACE_FILE = "trace.json"
 
-Vector = NDArray[np.float32]
-
 
 class Ledger:
     """The open files of a run folder. Times are `time.monotonic`; the trace gets Unix time."""
 
     def __init__(
-        self, folder: Path, journal: JournalWriter, past: PastMetrics, *, resume: bool
-    ) -> None:
+        self, folder: Path, journal: JournalWriter, past: PastMetrics, *, resume: bool,
+        frames: FramesWriter | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.traffic = past.traffic()
         self.server_steps: int = past.total("server_steps")
@@ -57,6 +61,7 @@ class Ledger:
         self.busy_waiting_s: float = past.total("server_busy_while_waiting_s")
         self.past_s: float = past.total("seconds")
         self._journal = journal
+        self._frames_file = frames  # first order
         self._recorder = Recorder(folder, past)
         self._recorded = len(past.rounds)
         self._trace = Trace(folder / TRACE_FILE, resume=resume)
@@ -72,7 +77,8 @@ class Ledger:
         """The ledger of a new run of these devices, given as (index, id)."""
         joined = [DeviceJoined(index, device_id) for index, device_id in devices]
         journal = JournalWriter(folder / JOURNAL_FILE, header, *joined)
-        return cls(folder, journal, NOTHING_RECORDED, resume=False)
+        frames = FramesWriter(folder) if header.server_order == "first" else None
+        return cls(folder, journal, NOTHING_RECORDED, resume=False, frames=frames)
 
     @classmethod
     def resume(cls, past: Past, tau: int, record: Resumed) -> Ledger:
@@ -80,7 +86,9 @@ class Ledger:
         metrics = read_metrics(past.folder, past.header.run, past.rounds, tau)
         journal = JournalWriter(past.folder / JOURNAL_FILE, None, size_bytes=past.size_bytes)
         journal.append(record)
-        return cls(past.folder, journal, metrics, resume=True)
+        first = past.header.server_order == "first"
+        frames = continue_frames(past.folder, len(past.rounds)) if first else None
+        return cls(past.folder, journal, metrics, resume=True, frames=frames)
 
     def joined(self, index: int, device_id: str) -> None:
         """A device was given its index."""
@@ -121,15 +129,36 @@ class Ledger:
                 round=number, **work._asdict(),
             )  # fmt: skip
 
+    def used(self, number: int, turns: list[UsedTurn]) -> None:
+        """First order: what round `number` was stepped on, on the disk before its record."""
+        if self._frames_file is None or not turns:
+            return
+        stored = {(f.device, f.round): f for turn in turns for f in turn.frames}
+        self._frames_file.append(
+            StoredRound(
+                number, [StoredTurn(t.device, [(f.device, f.round) for f in t.frames])
+                         for t in turns],
+            ),
+            [_stored(frame) for frame in stored.values()],
+        )  # fmt: skip
+
+    def limit_frames(self, limit_bytes: int, anchor: Checkpoint) -> None:
+        """Begin frames.bin anew behind `anchor`, whose digests are journaled, when it is large."""
+        if self._frames_file is not None and self._frames_file.size_bytes > limit_bytes:
+            save_checkpoint(self.folder, anchor, ANCHOR_FILE)
+            self._frames_file.start_over()
+
     def committed(self, record: RoundClosed) -> None:
         """A round was closed: on the disk before anybody is told."""
         self._journal.append(record)
 
-    def verified(self, next_round: int, client: Vector, server: Vector, *, keep: bool) -> None:
-        """Journal both digests; `keep`: replace the checkpoint by these weights."""
-        self._journal.append(Digests(next_round, sha256(client), sha256(server)))
+    def verified(self, now: Checkpoint, *, keep: bool) -> None:
+        """Journal the digests; `keep`: replace the checkpoint by this one."""
+        optimiser = sha256(now.optimiser) if self._frames_file is not None else ""
+        digests = Digests(now.next_round, sha256(now.client), sha256(now.server), optimiser)
+        self._journal.append(digests)
         if keep:
-            save_checkpoint(self.folder, next_round, client, server)
+            save_checkpoint(self.folder, now)
 
     def catch_up(self, rounds: list[RoundClosed], tau: int, last: Scores | None) -> None:
         """Record the closed rounds that have no row; `last` are the scores after the last one."""
@@ -168,10 +197,20 @@ class Ledger:
         )  # fmt: skip
         return self._recorder.round(metrics)
 
-    def close(self, reason: str, next_round: int, client: Vector, server: Vector) -> None:
+    def close(self, reason: str, now: Checkpoint) -> None:
         """The run is over; weights that diverged do not replace those of the checkpoint."""
-        self.verified(next_round, client, server, keep=reason != Outcome.DIVERGED.value)
+        self.verified(now, keep=reason != Outcome.DIVERGED.value)
         self._journal.append(Ended(reason))
         self._journal.close()
+        if self._frames_file is not None:
+            self._frames_file.close()
         self._recorder.close()
         self._trace.close()
+
+
+def _stored(frame: UsedFrame) -> StoredFrame:
+    h, labels = frame.batch.h.cpu().numpy(), frame.batch.labels.cpu().numpy()
+    return StoredFrame(
+        frame.device, frame.round, list(h.shape), h.astype("<f4").tobytes(),
+        labels.astype("<u4").tobytes(),
+    )  # fmt: skip

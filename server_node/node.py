@@ -15,8 +15,9 @@ from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
 from wire_protocol.errors import ProtocolError, QueueFullError, TransportError
-from wire_protocol.frames import Frame, decode_frame
+from wire_protocol.frames import Frame, decode_frame, encode_frame
 from wire_protocol.messages import (
+    Derivatives,
     DownMessage,
     End,
     Fetch,
@@ -156,6 +157,16 @@ class Node:
         """To one device, by index."""
         self._down(self._fleet.numbered()[device].device_id, message)
 
+    def send_frame(self, device: int, frame: Frame) -> None:
+        """A tensor to one device, by index, for the session that it has now."""
+        member = self._fleet.numbered()[device]
+        if member.epoch < 0:
+            return
+        compressed = self._experiment.config.wire.compression == "zstd"
+        payload = encode_frame(frame._replace(epoch=member.epoch), compressed=compressed)
+        with contextlib.suppress(QueueFullError):
+            self._link.publish(self._topics.down(member.device_id), payload)
+
     def offer_blob(self, data: bytes) -> str:
         """Make a blob fetchable; returns its digest."""
         return self._blobs.offer(data)
@@ -230,8 +241,17 @@ class Node:
     def _frame(self, run: Run, member: Member, index: int, frame: Frame) -> None:
         if frame.run != run.header.run or frame.epoch != member.epoch:
             return
+        self._judged(run, member, lambda: run.frame(index, frame))
+
+    def _derivatives(self, member: Member, answer: Derivatives) -> None:
+        run, index = self._run, member.index
+        if run is not None and index is not None and answer.run == run.header.run:
+            self._judged(run, member, lambda: run.derivatives(index, answer))
+
+    def _judged(self, run: Run, member: Member, take: Callable[[], None]) -> None:
+        """Take what a device computed; tell it when that does not fit the run."""
         try:
-            run.frame(index, frame)
+            take()
         except FrameFaultError as error:
             run.ledger.useless("refused")
             self._say_refused("refused-device", member.device_id, str(error))
@@ -258,6 +278,8 @@ class Node:
                 self._ready(member, message)
             case Ready():  # it has not heard that the server was started anew
                 self._down(device_id, Hello())
+            case Derivatives() if member is not None and message.epoch == member.epoch:
+                self._derivatives(member, message)
             case Report() if member is not None and message.epoch == member.epoch:
                 self._report(member, message)
             case _:

@@ -30,10 +30,12 @@ from server_node.config import Config, to_toml
 from server_node.datasets import load_dataset
 from server_node.evaluation import Evaluator
 from server_node.files import CONFIG_FILE, CONTROL_FOLDER, replace_file
+from server_node.first_half import FirstHalf
 from server_node.half import ServerHalf
 from server_node.journal import Header, Resumed
 from server_node.ledger import Ledger
 from server_node.machine import environment, fix_arithmetic
+from server_node.optimisers import OptimiserRule, check_optimiser
 from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
 from server_node.samples import Dataset
@@ -61,6 +63,8 @@ def prepare(config: Config, folder: Path, past: Past | None = None) -> Experimen
     damaged. Raises JournalError when they, or the configuration, are not those it began with.
     """
     fix_arithmetic(config.server)
+    if config.method.server_order == "first":
+        check_optimiser(_rule(config))
     folder.mkdir(parents=True, exist_ok=True)
     if past is None:
         toml = to_toml(config).encode()
@@ -101,6 +105,7 @@ def open_run(
         )  # fmt: skip
         ledger = Ledger.resume(history.past, config.method.tau, resumed)
     else:
+        first = config.method.server_order == "first"
         header = Header(
             run=secrets.randbits(63), run_seed=config.run.seed, lam=config.method.lam,
             manifest_sha256=experiment.exported.digest,
@@ -109,6 +114,9 @@ def open_run(
             server_threads=config.server.threads, server_replicas=config.server.replicas,
             environment=environment(), client_optimiser=config.method.client_optimiser,
             momentum=config.method.momentum, beta2=config.method.beta2,
+            server_order=config.method.server_order,
+            server_optimiser=config.method.server_optimiser if first else "",
+            server_options=config.method.server_options,
         )  # fmt: skip
         ledger = Ledger.begin(folder, header, devices)
     return Run(
@@ -124,11 +132,19 @@ def control_config(config: Config) -> Config:
     return msgspec.structs.replace(config, method=method)
 
 
-def open_half(experiment: Experiment) -> ServerHalf:
-    """The server half in torch, with its initial weights."""
-    return _server_half(
-        experiment.config, experiment.exported.halves, experiment.server_weights
-    )  # fmt: skip
+def open_half(experiment: Experiment) -> ServerHalf | FirstHalf:
+    """The server half in torch, with its initial weights. Raises ConfigError."""
+    config, halves = experiment.config, experiment.exported.halves
+    if config.method.server_order == "first":
+        return FirstHalf(
+            halves.server.module, experiment.server_weights, rule=_rule(config),
+            device=torch.device(config.server.device),
+        )  # fmt: skip
+    return _server_half(config, halves, experiment.server_weights)
+
+
+def _rule(config: Config) -> OptimiserRule:
+    return OptimiserRule(config.method.server_optimiser, config.method.server_options)
 
 
 def _server_half(config: Config, halves: Halves, weights: NDArray[np.float32]) -> ServerHalf:

@@ -1,12 +1,13 @@
-"""Rebuilding both halves from bundle, server half and journal alone: numpy only, no torch.
+"""Rebuilding both halves from bundle, server half and journal: numpy only.
 
-The live server uses the same functions to close a round, so a replay cannot drift from it.
+The live server uses the same functions to close a round, so a replay cannot drift from it. The
+server half of a first-order run is replayed by first_replay.py, in torch, from frames.bin.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from server_node.journal import (
     Digests,
     Ended,
     Header,
+    Journal,
     Resumed,
     RoundClosed,
     Share,
@@ -42,11 +44,18 @@ class ReplayResult(NamedTuple):
     matches: bool | None  # None: the journal holds no digests to compare with
     complete: bool  # it went through all its rounds
     notes: list[str]
+    # The rounds that the server half was replayed of: all of them in zeroth order; in first order
+    # from a checkpoint on, and as far as frames.bin goes.
+    server_first_round: int
+    server_rounds: int
 
 
 def client_commit(run: int, closed: RoundClosed, client_sha256: str = "") -> Commit:
     """The commit that devices replay: the client's part of a journaled round."""
-    entries = [Entry(s.device, s.weight, s.client_scalars, s.staleness) for s in closed.shares]
+    entries = [
+        Entry(s.device, s.weight, s.client_scalars, s.staleness) for s in closed.shares
+        if s.weight  # others have stepped the server half alone
+    ]  # fmt: skip
     return Commit(run, closed.round, closed.eta_c, closed.eta_g, entries, client_sha256)
 
 
@@ -88,6 +97,9 @@ def replay(folder: Path, halves: Path) -> ReplayResult:
     client = ClientState(header.client_rule, weights)
     generator = DirectionGenerator()
     notes = list(journal.damage)
+    follower: Follower = _Zeroth(header, server, generator)
+    if header.server_order == "first":
+        follower = _first(folder, halves, journal, server, notes)
     matches: bool | None = None
     complete = False
     rounds = 0
@@ -96,17 +108,67 @@ def replay(folder: Path, halves: Path) -> ReplayResult:
             if record.round != rounds:
                 raise JournalError(f"{folder / JOURNAL_FILE}: round {rounds} is missing")
             apply_client(client, header, record, generator)
-            apply_server(server, header, record, generator)
+            follower.apply(record)
             rounds += 1
         elif isinstance(record, Digests):
-            have = sha256(client.state), sha256(server)
-            same = have == (record.client_sha256, record.server_sha256)
+            same = sha256(client.state) == record.client_sha256 and follower.agrees(record)
             if not same and matches is not False:
                 notes.append(f"digests differ from the journaled ones after {rounds} rounds")
             matches = same and matches is not False
         elif isinstance(record, Ended | Resumed):
             complete = isinstance(record, Ended) and record.reason == Outcome.COMPLETE.value
-    return ReplayResult(rounds, sha256(client.state), sha256(server), matches, complete, notes)
+    return ReplayResult(
+        rounds, sha256(client.state), follower.sha256, matches, complete, notes,
+        follower.first_round, follower.rounds,
+    )  # fmt: skip
+
+
+class Follower(Protocol):
+    """The server half in a replay."""
+
+    first_round: int
+    rounds: int  # as many have been replayed, `first_round` included
+
+    def apply(self, closed: RoundClosed) -> None:
+        """Step by the next round."""
+        ...
+
+    def agrees(self, digests: Digests) -> bool:
+        """False when the weights are others than journaled; what cannot be told agrees."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the weights."""
+        ...
+
+
+class _Zeroth:
+    """Steps from scalars alone."""
+
+    def __init__(self, header: Header, weights: Vector, generator: DirectionGenerator) -> None:
+        self.first_round = self.rounds = 0
+        self._header, self._weights, self._generator = header, weights, generator
+
+    def apply(self, closed: RoundClosed) -> None:
+        apply_server(self._weights, self._header, closed, self._generator)
+        self.rounds += 1
+
+    def agrees(self, digests: Digests) -> bool:
+        return self.sha256 == digests.server_sha256
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self._weights)
+
+
+def _first(
+    folder: Path, halves: Path, journal: Journal, weights: Vector, notes: list[str]
+) -> Follower:
+    # torch, which other replays do without
+    from server_node.first_replay import FirstFollower  # noqa: PLC0415
+
+    return FirstFollower(folder, halves, journal, weights, notes)
 
 
 def _initial_weights(halves: Path, header: Header) -> tuple[Vector, Vector]:

@@ -7,13 +7,14 @@ its weights have the digests that the journal holds for that round.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server_node.checkpoint import CHECKPOINT_FILE, Checkpoint, load_checkpoint
+from server_node.checkpoint import ANCHOR_FILE, CHECKPOINT_FILE, Checkpoint, load_checkpoint
 from server_node.errors import JournalError
+from server_node.frames_log import FRAMES_FILE
 from server_node.journal import (
     JOURNAL_FILE,
     DeviceJoined,
@@ -76,6 +77,13 @@ class Past(NamedTuple):
         return {record.next_round: record for record in found}
 
 
+class FirstOrderPast(NamedTuple):
+    """What a first-order run goes on with beside the weights."""
+
+    optimiser: Vector  # (n,)
+    last_frames: list[Any]  # of each device, pool.UsedFrame
+
+
 class History(NamedTuple):
     """The past of a run with the weights it came to."""
 
@@ -84,6 +92,7 @@ class History(NamedTuple):
     server: Vector  # (d_s,)
     commits: list[Commit]  # of every closed round
     notes: list[str]  # what was damaged, and what was done about it
+    first: FirstOrderPast | None = None
 
 
 def read_past(folder: Path) -> Past | None:
@@ -136,12 +145,18 @@ def rebuild(past: Past, client: Vector, server: Vector) -> History:
     state.state[...] = start.client
     server = start.server.copy()
     generator = DirectionGenerator()
+    first = None
+    if header.server_order == "first":
+        server, first = _rebuild_first(past, start, server)
     for number in range(start.next_round, len(rounds)):
         apply_client(state, header, rounds[number], generator)
-        apply_server(server, header, rounds[number], generator)
+        if first is None:
+            apply_server(server, header, rounds[number], generator)
         known = digests.get(number + 1)
-        have = sha256(state.state), sha256(server)
-        if known and have != (known.client_sha256, known.server_sha256):
+        same = known is None or sha256(state.state) == known.client_sha256
+        if known and first is None:
+            same = same and sha256(server) == known.server_sha256
+        if not same:
             raise JournalError(
                 f"{past.folder / JOURNAL_FILE}: its rounds up to {number} do not lead to the "
                 "digests it holds; the run cannot be continued"
@@ -152,23 +167,57 @@ def rebuild(past: Past, client: Vector, server: Vector) -> History:
         )
         for number, record in enumerate(rounds, 1)
     ]
-    return History(past, state, server, commits, notes)
+    return History(past, state, server, commits, notes, first)
+
+
+def _rebuild_first(past: Past, start: Checkpoint, initial: Vector) -> tuple[Vector, FirstOrderPast]:
+    """The server half of a first-order run, on the frames behind `start`; `initial` is its start.
+
+    Raises JournalError when frames.bin does not lead to the journal's digests.
+    """
+    from server_node.first_replay import FirstReplay  # noqa: PLC0415  torch
+
+    halves = past.folder if (past.folder / "server").is_dir() else past.folder.parent
+    half = FirstReplay(past.header, past.folder, halves, initial)
+    if not half.begin(start):
+        raise JournalError(f"{past.folder / CHECKPOINT_FILE}: not this optimiser's; remove it")
+    rounds = past.rounds
+    for number in range(start.next_round, len(rounds)):
+        fault = half.apply(rounds[number])
+        known = past.digests.get(number + 1)
+        if not fault and known and half.digests != (known.server_sha256, known.optimiser_sha256):
+            fault = f"{past.folder / FRAMES_FILE}: round {number} does not lead to the digests"
+        if fault:
+            raise JournalError(f"{fault}; restore it from a copy, or start a new run")
+    state = half.state
+    return state.weights, FirstOrderPast(state.optimiser, half.last_frames(len(rounds)))
 
 
 def _checkpoint(past: Past, client: Vector, server: Vector, notes: list[str]) -> Checkpoint | None:
-    """The checkpoint, or None when it is not usable; `notes` says why."""
-    try:
-        checkpoint = load_checkpoint(past.folder)
-    except InputError as error:
-        notes.append(f"{error}; all rounds are replayed")
-        return None
-    known = past.digests.get(checkpoint.next_round)
-    shapes = (checkpoint.client.shape, checkpoint.server.shape) == (client.shape, server.shape)
-    same = known is not None and (sha256(checkpoint.client), sha256(checkpoint.server)) == (
-        known.client_sha256, known.server_sha256
-    )  # fmt: skip
-    if shapes and same and checkpoint.next_round <= len(past.rounds):
-        return checkpoint
-    path = past.folder / CHECKPOINT_FILE
-    notes.append(f"{path}: not the weights that the journal names; all rounds are replayed")
+    """The newest usable checkpoint, or None; `notes` says what was not usable."""
+    names = [CHECKPOINT_FILE]
+    if past.header.server_order == "first" and (past.folder / ANCHOR_FILE).exists():
+        names.append(ANCHOR_FILE)
+    for name in names:
+        otherwise = "all rounds are replayed" if name == names[-1] else "the anchor is tried"
+        try:
+            found = load_checkpoint(past.folder, name)
+        except InputError as error:
+            notes.append(f"{error}; {otherwise}")
+            continue
+        known = past.digests.get(found.next_round)
+        shapes = (found.client.shape, found.server.shape) == (client.shape, server.shape)
+        if shapes and _has_digests(found, known) and found.next_round <= len(past.rounds):
+            return found
+        notes.append(f"{past.folder / name}: not the weights that the journal names; {otherwise}")
     return None
+
+
+def _has_digests(found: Checkpoint, known: Digests | None) -> bool:
+    if known is None:
+        return False
+    have = sha256(found.client), sha256(found.server)
+    optimiser = sha256(found.optimiser) if known.optimiser_sha256 else ""
+    return (*have, optimiser) == (
+        known.client_sha256, known.server_sha256, known.optimiser_sha256
+    )  # fmt: skip

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from server_node.actions import (
     Action,
     CloseRound,
-    Contribution,
     Finish,
     Ignore,
     Measure,
@@ -26,27 +25,43 @@ from server_node.actions import (
     Remind,
     Reply,
     Rules,
+    SendGradient,
     Step,
     Work,
 )
 from server_node.asynchronous import AsynchronousCoordinator
+from server_node.checkpoint import Checkpoint
 from server_node.config import Config
 from server_node.coordinator import Coordinator
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
-from server_node.half import ActivationBatch, Scores, ServerHalf, Turn
-from server_node.journal import Header, RoundClosed, Share
+from server_node.first_half import FirstHalf
+from server_node.half import ServerHalf
+from server_node.journal import Header
 from server_node.ledger import Ledger
+from server_node.pool import Pool, UsedFrame, UsedTurn
 from server_node.replay import apply_client, apply_server, client_commit
 from server_node.resume import History
-from server_node.schedule import staleness_weight, step_factor
+from server_node.schedule import step_factor
+from server_node.shares import close_record, server_weight
+from server_node.torch_half import ActivationBatch, Scores, Turn
 from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator, directions_digest
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
 from wire_protocol.manifest import Manifest, sha256
-from wire_protocol.messages import Commit, DownMessage, Round, Scalars, Snapshot, Welcome, encode
+from wire_protocol.messages import (
+    Commit,
+    Derivatives,
+    DownMessage,
+    Round,
+    Scalars,
+    Snapshot,
+    Welcome,
+    encode,
+)
 
 Vector = NDArray[np.float32]
+AnyCoordinator = Coordinator | AsynchronousCoordinator
 
 # A test loss this many times the first one never came back in any run seen.
 DIVERGED_FACTOR: Final = 10.0
@@ -66,6 +81,10 @@ class Outbox(Protocol):
         """To one device, by index."""
         ...
 
+    def send_frame(self, device: int, frame: Frame) -> None:
+        """A tensor to one device, by index; the frame's epoch is filled in."""
+        ...
+
     def offer_blob(self, data: bytes) -> str:
         """Make a blob fetchable; returns its digest."""
         ...
@@ -75,7 +94,7 @@ class Run:
     """State of one run between events. All times come from the clock it is given."""
 
     def __init__(
-        self, config: Config, header: Header, manifest: Manifest, half: ServerHalf,
+        self, config: Config, header: Header, manifest: Manifest, half: ServerHalf | FirstHalf,
         evaluator: Evaluator, client: Vector, server: Vector, ledger: Ledger, outbox: Outbox,
         notify: Callable[[dict[str, Any]], None], history: History | None = None,
         read_clock_s: Callable[[], float] = time.monotonic,
@@ -97,7 +116,7 @@ class Run:
         self._outbox, self._notify = outbox, notify
         self._first_loss = math.inf
         self._generator = DirectionGenerator()
-        self._coordinator: Coordinator | AsynchronousCoordinator | None = None
+        self._coordinator: AnyCoordinator | None = None
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
         # Closed and when; recorded once the next round is on its way.
@@ -105,6 +124,11 @@ class Run:
         self._batches: dict[int, ActivationBatch] = {}
         self._differences: dict[tuple[int, int], Vector] = {}
         self._stepped: dict[int, list[list[float]]] = {}
+        self._gradients: dict[int, Vector] = {}  # those that were sent, until they are answered
+        self._pool = Pool(config.method.reuse_rounds)
+        if history is not None and history.first is not None and isinstance(half, FirstHalf):
+            half.restore(history.first.optimiser)
+            self._pool.restore(history.first.last_frames)
 
     @property
     def client(self) -> Vector:
@@ -136,6 +160,8 @@ class Run:
             stall_s=rule.stall_s, replicas=self.config.server.replicas,
             tau_cap=method.tau_cap if method.tau_mode == "adaptive" else 0,
             staleness_limit=rule.staleness_limit,
+            cut_gradient=method.feedback == "cut_gradient", pooled=method.server_batch == "pooled",
+            first_order=method.server_order == "first",
         )  # fmt: skip
         kind = AsynchronousCoordinator if self._asynchronous else Coordinator
         self._coordinator = kind(rules, devices, self._read_clock_s())
@@ -228,6 +254,20 @@ class Run:
                 self._differences[device, frame.first_k] = frame.tensor
         self._perform(actions)
 
+    def derivatives(self, device: int, answer: Derivatives) -> None:
+        """A device's answer to the cut gradient. Raises FrameFaultError when it does not fit."""
+        if self._coordinator is None:
+            return
+        scalars = np.frombuffer(answer.scalars, "<f4")
+        if self.config.method.feedback != "cut_gradient":
+            raise FrameFaultError("derivatives, and the run learns from loss differences")
+        if len(scalars) != self.directions or not np.isfinite(scalars).all():
+            raise FrameFaultError(
+                f"{len(scalars)} derivatives, the run wants {self.directions} finite ones"
+            )
+        now_s = self._read_clock_s()
+        self._perform(self._coordinator.derivatives(device, answer.round, scalars.tolist(), now_s))
+
     def tick(self) -> None:
         """Let time pass."""
         if self._coordinator is not None:
@@ -261,9 +301,7 @@ class Run:
         self._perform(actions)
         return True
 
-    def _step(
-        self, steps: list[Step], coordinator: Coordinator | AsynchronousCoordinator
-    ) -> list[Action]:
+    def _step(self, steps: list[Step], coordinator: AnyCoordinator) -> list[Action]:
         begin_s = self._read_clock_s()
         if isinstance(coordinator, AsynchronousCoordinator) and not steps[0].step:
             # Its directions are those of its version; the size is that of the commit it becomes.
@@ -272,10 +310,17 @@ class Run:
                 version, self.config.method.eta_s * self._factor(coordinator.round)
             )
         turns = [
-            Turn(s.slot, s.device, self._batches[s.device], self._stepped.setdefault(s.device, []))
+            Turn(
+                s.slot,
+                s.device,
+                self._batch(s, coordinator),
+                self._stepped.setdefault(s.device, []),
+            )
             for s in steps
         ]
         rows = self._half.steps(turns)
+        if isinstance(self._half, FirstHalf) and coordinator.is_last(steps[0]):
+            rows = rows if self._half.keep() else [[math.nan]]
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
         if pad_s > 0:
             time.sleep(pad_s)
@@ -287,28 +332,54 @@ class Run:
             actions += coordinator.stepped(turn.device, scalars, self._read_clock_s())
         return actions
 
-    def _measure(
-        self, work: Measure, coordinator: Coordinator | AsynchronousCoordinator
-    ) -> list[Action]:
+    def _batch(self, step: Step, coordinator: AnyCoordinator) -> ActivationBatch:
+        """What a step is computed on."""
+        if self.config.method.server_batch == "device":
+            return self._batches[step.device]
+        return self._pool.batch or self._pool.fill(
+            coordinator.round, coordinator.pool, self._batches
+        )
+
+    def _measure(self, work: Measure, coordinator: AnyCoordinator) -> list[Action]:
+        copy = self._copy_of(work.device, coordinator)
         scalars = self._half.measure(
-            work.device, self._batches[work.device],
-            self._differences.pop((work.device, work.first_k)), self._stepped[work.device],
+            copy, self._batches[work.device], self._differences.pop((work.device, work.first_k)),
+            self._stepped[copy],
         )  # fmt: skip
         return coordinator.measured(work.device, work.first_k, scalars, self._read_clock_s())
+
+    def _copy_of(self, device: int, coordinator: AnyCoordinator) -> int:
+        """The device whose copy is measured for `device`: pooled, the leader's."""
+        return coordinator.pool[0] if coordinator.pool else device
+
+    def _send_gradient(self, device: int, number: int) -> None:
+        """Send, or send again, dL/dh at the stepped copy, which the half holds the first time."""
+        if device not in self._gradients:
+            assert self._coordinator is not None
+            copy = self._copy_of(device, self._coordinator)
+            self._gradients[device] = self._half.cut_gradient(
+                copy, self._batches[device], self._stepped[copy]
+            )
+        frame = Frame(
+            FrameKind.CUT_GRADIENT, self.header.run, 0, number, 0, self._gradients[device],
+            np.empty(0, np.uint32), self.config.wire.encoding,
+        )  # fmt: skip
+        self._outbox.send_frame(device, frame)
 
     # -- actions -----------------------------------------------------------------------------
 
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
-                case OpenRound():
+                case OpenRound() | OpenShare():
                     self._open(action)
-                case OpenShare():
-                    self._open_share(action)
                 case Remind():
                     message = Round(self.header.run, action.round, action.participants)
                     self._outbox.send(action.device, message)
+                case SendGradient():
+                    self._send_gradient(action.device, action.round)
                 case Reply():
+                    self._gradients.pop(action.device, None)
                     payload = np.asarray(action.scalars, "<f4").tobytes()
                     self._outbox.send(
                         action.device, Scalars(self.header.run, action.round, payload)
@@ -323,11 +394,16 @@ class Run:
             (closed, closed_s), self._closed = self._closed, None
             self._settle(closed, closed_s)
 
-    def _open(self, opened: OpenRound) -> None:
+    def _open(self, opened: OpenRound | OpenShare) -> None:
+        if isinstance(opened, OpenShare):
+            self._open_share(opened)
+            return
         # Also when a round that lost everybody is opened again: nothing of it counts.
         self._batches.clear()
         self._differences.clear()
         self._stepped.clear()
+        self._gradients.clear()
+        self._pool.clear()
         self._half.start_round(opened.round, self.config.method.eta_s * self._factor(opened.round))
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
 
@@ -335,6 +411,7 @@ class Run:
         device = opened.device
         self._batches.pop(device, None)
         self._stepped.pop(device, None)
+        self._gradients.pop(device, None)
         for key in [key for key in self._differences if key[0] == device]:
             del self._differences[key]
         self._outbox.send(device, Round(self.header.run, opened.round, [device]))
@@ -343,24 +420,16 @@ class Run:
         return step_factor(self.config.method.schedule, number, self.config.run.rounds)
 
     def _close(self, closed: CloseRound) -> None:
-        method = self.config.method
-        factor = self._factor(closed.round)
-        weights = [self._weight(c, len(closed.contributions)) for c in closed.contributions]
-        shares = [
-            Share(
-                c.device, weight, np.asarray(c.client_scalars, "<f4").tobytes(), weight,
-                np.asarray(c.server_scalars, "<f4").tobytes(), method.directions_server,
-                c.staleness,
-            )
-            for c, weight in zip(closed.contributions, weights, strict=True)
-        ]  # fmt: skip
-        record = RoundClosed(
-            closed.round, method.eta_c * factor, method.eta_s * factor, method.eta_g, shares
-        )
+        record = close_record(closed, self.config, self._stepped)
+        self._record_frames(closed)
         self.ledger.committed(record)
         apply_client(self._client, self.header, record, self._generator)
-        apply_server(self.server, self.header, record, self._generator)
-        self._half.load(self.server)
+        if isinstance(self._half, FirstHalf):
+            self._half.commit(record.eta_g * server_weight(record))
+            self.server[...] = self._half.weights
+        else:
+            apply_server(self.server, self.header, record, self._generator)
+            self._half.load(self.server)
         self.rounds_closed += 1
         self.contributions += len(closed.contributions)
         digest = sha256(self.client_state) if self._due(closed.round) else ""
@@ -370,11 +439,22 @@ class Run:
         self._outbox.broadcast(commit)
         self._closed = closed, self._read_clock_s()
 
-    def _weight(self, contribution: Contribution, contributions: int) -> float:
-        if not self._asynchronous:
-            return 1.0 / contributions
-        power = self.config.round.staleness_power
-        return staleness_weight(contribution.staleness, power, self.config.participants)
+    def _record_frames(self, closed: CloseRound) -> None:
+        """First order: journal what the steps that count were computed on."""
+        if isinstance(self._half, FirstHalf):
+            pooled = self.config.method.server_batch == "pooled"
+            self.ledger.used(closed.round, [
+                UsedTurn(device, self._pool.frames if pooled else
+                         [UsedFrame(device, closed.round, self._batches[device])])
+                for device in closed.stepped or ()
+            ])  # fmt: skip
+
+    def _now(self) -> Checkpoint:
+        """Both halves as they are before the next round."""
+        now = Checkpoint(self.rounds_closed, self.client_state, self.server)
+        if isinstance(self._half, FirstHalf):
+            now = now._replace(optimiser=self._half.optimiser_state)
+        return now
 
     def _due(self, number: int) -> bool:
         """True for rounds that are evaluated."""
@@ -400,7 +480,10 @@ class Run:
                 f"test loss {self.scores.loss:.3g} after round {self.rounds_closed - 1} against "
                 f"{self._first_loss:.3g} at the start; use smaller steps",
             )
-        self.ledger.verified(self.rounds_closed, self.client_state, self.server, keep=good)
+        now = self._now()
+        self.ledger.verified(now, keep=good)
+        if good:
+            self.ledger.limit_frames(self.config.server.frames_mb << 20, now)
 
     def _catch_up(self, history: History) -> None:
         """Do for the last round what the server was stopped in, after its commit."""
@@ -416,7 +499,7 @@ class Run:
 
     def close(self, reason: str) -> None:
         """End the journal and close all files."""
-        self.ledger.close(reason, self.rounds_closed, self.client_state, self.server)
+        self.ledger.close(reason, self._now())
 
 
 def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
@@ -426,6 +509,11 @@ def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
     batch = config.devices.batch
     shape = (batch, *manifest.activation.shape)
     name = frame.kind.name.lower()
+    differences = config.method.feedback == "loss_difference"
+    if frame.kind is not FrameKind.ACTIVATION and not (
+        differences and frame.kind is FrameKind.DIFFERENCES
+    ):
+        raise FrameFaultError(f"{name}, which this run's devices do not send")
     activation = frame.kind is FrameKind.ACTIVATION
     have = frame.tensor.shape if activation else frame.tensor.shape[1:]
     labels = batch if activation else 0

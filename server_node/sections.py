@@ -90,7 +90,7 @@ class MethodSection(Section, frozen=True):
     server_order: Literal["zeroth", "first"] = "zeroth"
     # First order: a class of torch.optim, and its arguments beside the step size eta_s.
     server_optimiser: str = "SGD"
-    server_options: dict[str, float] = {}
+    server_options: dict[str, float | bool | list[float]] = {}
     # What a server step is computed on: one device's frames, or those of all devices of the round.
     server_batch: Literal["device", "pooled"] = "device"
     # Pooled: frames of devices that are not here (yet) count for so many rounds.
@@ -144,6 +144,8 @@ class ServerSection(Section, frozen=True):
     threads: AtLeast1 = 1
     replicas: AtLeast1 = 1
     min_step_s: Seconds = 0.0
+    # First order: frames.bin begins anew with a checkpoint when it is larger than this.
+    frames_mb: AtLeast1 = 256
 
 
 class EvaluationSection(Section, frozen=True):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from server_node.files import replace_file
-from server_node.half import Scores
 from server_node.prepare import Experiment, open_half
 from server_node.recorder import read_metrics
 from server_node.resume import History
 from server_node.run import Run
+from server_node.torch_half import Scores
 from wire_protocol.manifest import sha256
 
 SUMMARY_FILE: Final = "summary.json"

@@ -16,9 +16,10 @@ from emulation.inprocess import make_shards
 from export.cuts import cut_model
 from export.models import BuiltModel, build_model
 from export.server_half import ModelInput
-from server_node.half import ServerHalf, Turn
+from server_node.half import ServerHalf
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import prepare
+from server_node.torch_half import Turn
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
 from wire_protocol.directions import participants as draw
 

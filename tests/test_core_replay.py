@@ -66,7 +66,9 @@ def flipped(scalars):
 
 def test_replay_gives_the_bits_of_the_live_run(live, copy):
     run, _ = live
-    assert replay(copy, copy) == (3, sha256(run.client), sha256(run.server), True, True, [])
+    result = replay(copy, copy)
+    assert result[:6] == (3, sha256(run.client), sha256(run.server), True, True, [])
+    assert (result.server_first_round, result.server_rounds) == (0, 3)
 
 
 def test_replay_writes_nothing(copy):

@@ -13,12 +13,13 @@ from torch import nn
 from server_node import run as run_module
 from server_node.actions import Measure, OpenRound, Step
 from server_node.errors import ConfigError
-from server_node.half import ServerHalf, Turn
+from server_node.half import ServerHalf
 from server_node.journal import RoundClosed, read_journal
 from server_node.machine import environment
 from server_node.prepare import prepare
 from server_node.replay import replay
 from server_node.torch_directions import TorchSigns
+from server_node.torch_half import Turn
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,9 @@ from core_support import DIGITS
 
 from emulation.inprocess import InProcessFleet
 from server_node.config import load_config
-from server_node.half import ActivationBatch, ServerHalf
+from server_node.half import ServerHalf
 from server_node.prepare import prepare
+from server_node.torch_half import ActivationBatch
 from wire_protocol.frames import Frame, FrameKind, decode_frame, encode_frame
 
 STEPS = 200

@@ -3,7 +3,7 @@
 offset size field
      0    4 magic "MUSF"
      4    1 version (2)
-     5    1 kind: 1 activation, 2 differences
+     5    1 kind: 1 activation, 2 differences, 3 cut gradient
      6    1 dtype: 1 float32, 2 float16, 3 int8, 4 int8 with a plane of 4 more bits
      7    1 compression: 0 raw, 1 zstd
      8    1 ndim, 1..6
@@ -77,6 +77,7 @@ class FrameKind(IntEnum):
 
     ACTIVATION = 1  # (batch, *activation shape), with labels
     DIFFERENCES = 2  # (directions, batch, *activation shape): h+ - h-, from `first_k` on
+    CUT_GRADIENT = 3  # (batch, *activation shape): dL/dh, from the server to a device
 
 
 class Frame(NamedTuple):
@@ -246,7 +247,7 @@ def _check_fields(header: _Header) -> None:
         raise HeaderError(
             f"frame starts with {header.magic!r} version {header.version}, not {MAGIC!r} {VERSION}"
         )
-    if header.kind not in (FrameKind.ACTIVATION, FrameKind.DIFFERENCES):
+    if header.kind not in tuple(FrameKind):
         raise HeaderError(f"frame kind {header.kind} is unknown")
     if header.dtype not in _ENCODINGS or header.compression not in (_RAW, _ZSTD):
         raise HeaderError(
