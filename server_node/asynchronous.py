@@ -6,7 +6,7 @@ becomes commit w >= v, with staleness w - v. Its server steps begin when its las
 go on to its last scalar without anything in between: they see one base, the newest.
 
 With cut-gradient feedback they begin with its activation. In first order they are a commit of
-their own then, since nothing but their frames could make them again; the device's answer is one more.
+their own then: nothing but their frames could make them again. The device's answer is another.
 """
 
 from __future__ import annotations

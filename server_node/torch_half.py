@@ -56,7 +56,7 @@ class TorchHalf:
         return ActivationBatch(self._tensor(h), self._labels(labels))
 
     def _loss_differences(self, batch: ActivationBatch, differences: Vector) -> list[float]:
-        """L(h + d/2) - L(h - d/2), means over the batch, for each d of `differences` (K, *h.shape)."""
+        """L(h + d/2) - L(h - d/2), batch means, for each d of `differences` (K, *h.shape)."""
         rows = len(batch.labels)
         group = max(1, _MEASURE_ROWS // (2 * rows))
         scalars: list[float] = []

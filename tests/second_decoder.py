@@ -205,7 +205,7 @@ def frame(payload: bytes) -> Frame:
     (crc,) = struct.unpack_from("<I", payload, 12)
     fields = struct.unpack_from("<QQIIII6I", payload, 16)
     run, epoch, number, first_k, labels, group, *dims = fields
-    demand(version == 2 and kind in (1, 2) and dtype in (1, 2, 3, 4) and not zero, "header")
+    demand(version == 2 and kind in (1, 2, 3) and dtype in (1, 2, 3, 4) and not zero, "header")
     demand(compression in (0, 1) and 1 <= ndim <= 6 and not any(dims[ndim:]), "header")
     demand(label_bytes in ((1, 2, 4) if labels else (0,)), "labels")
     shape = dims[:ndim]
@@ -215,7 +215,7 @@ def frame(payload: bytes) -> Frame:
     if dtype == 2:
         scales = rows
     elif dtype > 2:
-        demand(kind <= axis < ndim and 1 <= group <= shape[axis], "channels")
+        demand((2 if kind == 2 else 1) <= axis < ndim and 1 <= group <= shape[axis], "channels")
         scales = rows * max(1, shape[axis] // group)
     size = {1: 4 * n, 2: 2 * n, 3: n, 4: n + (n + 1) // 2}[dtype]
     length = 4 * scales + size + labels * label_bytes

@@ -1,4 +1,4 @@
-"""Pooled steps, first-order steps and cut gradients in the coordinator: when, for whom, how often."""
+"""Pooled and first-order steps and cut gradients in the coordinator: when, for whom, how often."""
 
 import math
 
@@ -114,6 +114,7 @@ def test_a_deadline_leaves_the_pool_to_those_that_are_here_and_counts_anew_for_t
 def test_pooled_steps_that_are_not_finite_drop_everybody():
     desk = desk_of(pooled=True)
     desk.deliver(0, 1, 2)
+    assert desk.machine.next_work() == Step(0, 0)
     closed, *_ = desk.compute(Step(0, 0), poison=math.inf)
     assert closed.dropped == dict.fromkeys(range(3), "not finite")
     assert closed.stepped == []

@@ -217,7 +217,7 @@ def test_optimisers_with_a_flat_state_are_taken(name, halves):
     ],
 )
 def test_other_optimisers_and_options_are_refused_in_one_line(name, options, text):
-    with pytest.raises(ConfigError, match="method.server_opti") as caught:
+    with pytest.raises(ConfigError, match=r"method\.server_opti") as caught:
         check_optimiser(OptimiserRule(name, options))
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
