@@ -43,15 +43,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def benches(folder):
-    """Benches by configuration; what differs in the data or the model is exported anew."""
-    made = {}
+    """Benches of one model and data set, exported once."""
+    experiment = prepare(tiny_config(*BASE), folder / "shared")
 
     def make(*overrides, **setting):
         config = tiny_config(*BASE, *overrides)
-        key = config.sha256()
-        if key not in made:
-            made[key] = prepare(config, folder / str(len(made)))
-        bench = Recording(Setting(config, **setting), made[key])
+        bench = Recording(Setting(config, **setting), experiment)
         bench.seen = []
         return bench
 
@@ -207,7 +204,7 @@ def signs(half, device, k, size):
 
 
 @torch.no_grad()
-def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(folder, benches):
+def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(folder):
     """Written anew: replicas of both halves, averaged; both gradients are two-point estimates.
 
     Departures of the method, as documented: the client's sides are h + d/2 and h - d/2, at the
@@ -227,10 +224,10 @@ def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(fo
     lam, eta = 0.02, 0.05
 
     def lower(flat, x):
-        return x @ flat[:768].view(12, 64).T + flat[768:]
+        return torch.relu(x @ flat[:768].view(12, 64).T + flat[768:])
 
     def loss(flat, h, y):
-        return cross_entropy(torch.relu(h) @ flat[:120].view(10, 12).T + flat[120:], y)
+        return cross_entropy(h @ flat[:120].view(10, 12).T + flat[120:], y)
 
     clients, servers = [], []
     for device in range(3):
@@ -239,7 +236,8 @@ def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(fo
         h = lower(client, x)
         us = [signs(Stream.SERVER_HALF, device, k, len(server)) for k in (0, 1)]
         estimate = sum(
-            (loss(server + lam * u, h, y) - loss(server - lam * u, h, y)) / (2 * lam) * u for u in us
+            (loss(server + lam * u, h, y) - loss(server - lam * u, h, y)) / (2 * lam) * u
+            for u in us
         )
         stepped = server - eta * estimate / 2
         us = [signs(Stream.CLIENT_HALF, device, k, len(client)) for k in (0, 1)]
@@ -263,25 +261,31 @@ PLAIN_GAS = {
 
 
 def test_gas_without_delay_and_generation_is_the_reference_step(benches):
-    """All devices active, buffers as large: the server steps on the pooled batch (mini-batch SFL).
+    """All devices active, buffers as large, one iteration each: mini-batch SFL, but for this.
 
-    Each device steps on the gradient of its own loss at the server half before that step.
+    A device steps on its own loss at the server half before the buffer's step. It is sent the
+    global half of that moment: only the last to return finds the new average.
     """
-    bench = benches("run.rounds=4")
+    bench = benches("run.rounds=5")
     got, points = weights_after(bench, "gas", **PLAIN_GAS)
     central = Central(bench)
     size, flat = central.client_size, central.flat
-    counts = [shard.samples for shard in bench.shards]
+    shares = [shard.samples / sum(s.samples for s in bench.shards) for shard in bench.shards]
+    middle, server = flat[:size], flat[size:]
+    starts = [middle] * 3
     for number, have in enumerate(got):
-        batches = [bench.batch(device, number) for device in range(3)]
-        server = flat[size:] - 0.3 * central.gradient(flat, batches)[size:]
-        client = sum(
-            n / sum(counts) * (flat[:size] - 0.2 * central.gradient(flat, [batch])[:size])
-            for n, batch in zip(counts, batches, strict=True)
+        gradients = [
+            central.gradient(torch.cat([start, server]), [bench.batch(device, number)])
+            for device, start in enumerate(starts)
+        ]
+        server = server - 0.3 * sum(gradient[size:] for gradient in gradients) / 3
+        average = sum(
+            share * (start - 0.2 * gradient[:size])
+            for share, start, gradient in zip(shares, starts, gradients, strict=True)
         )
-        flat = torch.cat([client, server])
-        assert_close(have, flat)
-    assert [point.server_steps for point in points] == [1, 2, 3, 4]
+        assert_close(have, torch.cat([average, server]))
+        starts, middle = [middle, middle, average], average
+    assert [point.server_steps for point in points] == [1, 2, 3, 4, 5]
     assert points[0].client_forwards == 9
 
 
@@ -353,10 +357,10 @@ class Slow(Instant):
 
     server_step_s = 0.1
 
-    def for_forwards(self, device, number, forwards):
+    def for_forwards(self, device, number, forwards):  # noqa: ARG002
         return forwards * (10.0 if device == 0 else 1.0)
 
-    def up_s(self, device, size_bytes):
+    def up_s(self, device, size_bytes):  # noqa: ARG002
         return 1e-4 * size_bytes
 
 
@@ -372,10 +376,10 @@ def test_gas_does_not_wait_for_the_slow_device(benches, order):
 
 
 def test_zeroth_order_gas_learns(benches):
-    bench = benches("run.rounds=12", "method.lam=0.001", "method.directions_server=8")
-    options = {"eta_c": 0.02, "eta_s": 0.02, "optimiser_options": {}}
+    bench = benches("run.rounds=6", "method.lam=0.001", "method.directions_server=8")
+    options = {"eta_c": 0.02, "eta_s": 0.05, "optimiser_options": {}}
     _, points = weights_after(bench, "gas", order="zeroth", **options)
-    assert points[-1].loss < 0.8 * points[0].loss
+    assert points[-1].loss < 0.9 * points[0].loss
 
 
 # -- first-order and frozen clients
@@ -448,16 +452,17 @@ def test_a_synchronous_round_waits_for_the_slowest(benches):
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
 def test_a_baseline_repeats_to_the_bit_and_learns(benches, name):
-    overrides = ["run.rounds=20", "data.alpha=0.0", "devices.batch=32", "evaluation.every=5"]
+    overrides = ["run.rounds=8", "data.alpha=0.0", "devices.batch=32", "evaluation.every=2"]
     energy = Energy(forward_j=1.0, up_byte_j=0.5, down_byte_j=0.25)
     runs = []
     for _ in range(2):
         bench = benches(*overrides, delays=Slow(), energy=energy)
-        runs.append(weights_after(bench, name))
+        options = {"local_iterations": 4} if name == "gas" else {}
+        runs.append(weights_after(bench, name, **options))
     (first, points), (again, same) = runs
     assert points == same
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert [point.round for point in points] == [5, 10, 15, 20]
+    assert [point.round for point in points] == [2, 4, 6, 8]
     assert points[-1].loss < points[0].loss
     last = points[-1]
     assert last.modelled_j == last.client_forwards + 0.5 * last.bytes_up + 0.25 * last.bytes_down

@@ -75,6 +75,7 @@ class _Sent(NamedTuple):
     h: torch.Tensor
     differences: list[torch.Tensor]
     size_bytes: int
+    forwards: float  # that it took
 
 
 @dataclass
@@ -174,8 +175,7 @@ class _Gas:
             differences = [*tensor]
             size_bytes += more
             forwards += 2 * len(differences)
-        place.sent = _Sent(batch, origin, h, differences, size_bytes)
-        self._meter.client_forwards += forwards
+        place.sent = _Sent(batch, origin, h, differences, size_bytes, forwards)
         arrival_s = now_s + delays.for_forwards(place.device, number, forwards)
         arrival_s += delays.up_s(place.device, size_bytes)
         self._at(arrival_s, lambda: self._arrived(place, arrival_s))
@@ -216,9 +216,9 @@ class _Gas:
         self._meter.bytes_up += sent.size_bytes
         self._meter.bytes_down += size_bytes
         now_s = self._served_s(now_s) + delays.down_s(device, size_bytes)
-        forwards = self._step(place, sent, answer)
-        self._meter.client_forwards += forwards
-        now_s += delays.for_forwards(device, sent.origin.round, forwards)
+        backward = self._step(place, sent, answer)
+        self._meter.client_forwards += sent.forwards + backward
+        now_s += delays.for_forwards(device, sent.origin.round, backward)
         self._buffer(place, sent)
         if place.done < self._options.local_iterations:
             self._compute(place, now_s)
