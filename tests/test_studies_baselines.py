@@ -42,10 +42,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def benches(folder):
-    """Benches of one model and data set, exported once."""
-    experiment = prepare(tiny_config(*BASE), folder / "shared")
+def experiment(folder):
+    """One model on one data set, exported once: all else of a configuration may differ."""
+    return prepare(tiny_config(*BASE), folder / "shared")
 
+
+@pytest.fixture(scope="module")
+def benches(experiment):
     def make(*overrides, **setting):
         config = tiny_config(*BASE, *overrides)
         bench = Recording(Setting(config, **setting), experiment)
@@ -185,7 +188,7 @@ def test_bytes_are_those_of_frames_and_weights(benches):
 # -- zeroth-order SplitFed
 
 
-def test_zeroth_order_splitfed_is_our_method_at_tau_1(folder):
+def test_zeroth_order_splitfed_is_our_method_at_tau_1(folder, experiment):
     config = tiny_config("method.tau=1", "method.eta_c=0.02", "method.eta_s=0.02")
     other = tiny_config(
         "method.tau=7", "method.tau_mode=adaptive", "method.server_order=first",
@@ -194,7 +197,7 @@ def test_zeroth_order_splitfed_is_our_method_at_tau_1(folder):
     assert zo_splitfed(other) == config
     digests = []
     for name, have in (("ours", config), ("theirs", zo_splitfed(other))):
-        run = play(prepare(have, folder / f"zo-{name}"), folder / f"zo-{name}-run")
+        run = play(experiment._replace(config=have), folder / f"zo-{name}")
         digests.append((run.client.tobytes(), run.server.tobytes()))
     assert digests[0] == digests[1]
 
@@ -204,7 +207,7 @@ def signs(half, device, k, size):
 
 
 @torch.no_grad()
-def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(folder):
+def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(folder, experiment):
     """Written anew: replicas of both halves, averaged; both gradients are two-point estimates.
 
     Departures of the method, as documented: the client's sides are h + d/2 and h - d/2, at the
@@ -216,9 +219,9 @@ def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(fo
             "method.directions_client=2", "method.directions_server=2",
         )
     )  # fmt: skip
-    run = play(prepare(config, folder / "zo-step"), folder / "zo-step-run")
+    run = play(experiment._replace(config=config), folder / "zo-step")
     model = build_model(config.model.name, 0, (64,)).module
-    bench = Bench(Setting(config), prepare(config, folder / "zo-bench"))
+    bench = Bench(Setting(config), experiment)
     w1, b1, w2, b2 = (p.detach() for p in model.parameters())
     client, server = torch.cat([w1.ravel(), b1]), torch.cat([w2.ravel(), b2])
     lam, eta = 0.02, 0.05
