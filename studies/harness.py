@@ -35,14 +35,6 @@ BACKWARD: Final = 2.0
 _NO_LABELS = np.empty(0, np.uint32)
 
 
-class Energy(Struct, frozen=True):
-    """A linear model of what a device spends, in joules."""
-
-    forward_j: float  # of the device half on one batch
-    up_byte_j: float
-    down_byte_j: float
-
-
 class Setting(Struct, frozen=True):
     """What all arms of a comparison share.
 
@@ -53,7 +45,6 @@ class Setting(Struct, frozen=True):
     config: Config
     delays: Timing = Instant()
     server: Literal["serial", "parallel"] = "serial"  # one batch at a time, or all that wait
-    energy: Energy | None = None
 
 
 class Point(Struct, frozen=True):
@@ -67,7 +58,7 @@ class Point(Struct, frozen=True):
     bytes_down: int
     client_forwards: float  # of the device half on a batch; a backward pass counts two
     server_steps: int  # of the server half's weights
-    modelled_j: float | None  # None: the setting has no energy model
+    client_batches: int  # that devices learnt from, or had pooled
 
 
 class Batch(NamedTuple):
@@ -227,7 +218,7 @@ class Meter:
 
     def __init__(self, bench: Bench) -> None:
         self.now_s = 0.0
-        self.bytes_up = self.bytes_down = self.server_steps = 0
+        self.bytes_up = self.bytes_down = self.server_steps = self.client_batches = 0
         self.client_forwards = 0.0
         self.points: list[Point] = []
         self._bench = bench
@@ -239,14 +230,6 @@ class Meter:
         if done != run.rounds and done % self._bench.config.evaluation.every:
             return True
         scores = self._bench.scores(client, server)
-        energy = self._bench.setting.energy
-        joules = None
-        if energy is not None:
-            joules = (
-                self.client_forwards * energy.forward_j
-                + self.bytes_up * energy.up_byte_j
-                + self.bytes_down * energy.down_byte_j
-            )
         self.points.append(
             Point(
                 done,
@@ -257,7 +240,7 @@ class Meter:
                 self.bytes_down,
                 self.client_forwards,
                 self.server_steps,
-                joules,
+                self.client_batches,
             )
         )
         return bool(np.isfinite(scores.loss))

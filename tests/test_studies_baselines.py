@@ -1,6 +1,5 @@
 """Baselines against references written here, with nothing of their code; counters and clocks."""
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from studies.baselines import BASELINES, run_baseline
 from studies.baselines.label_gaussians import LabelGaussians
 from studies.baselines.zeroth import zo_splitfed
 from studies.errors import StudyError
-from studies.harness import Bench, Energy, Setting
+from studies.harness import Bench, Setting
 from studies.timeline import Instant, Leg, Trip, in_turn_s, parallel_s, serial_s
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, participants
 from wire_protocol.frames import HEADER_BYTES
@@ -456,10 +455,9 @@ def test_a_synchronous_round_waits_for_the_slowest(benches):
 @pytest.mark.parametrize("name", sorted(BASELINES))
 def test_a_baseline_repeats_to_the_bit_and_learns(benches, name):
     overrides = ["run.rounds=8", "data.alpha=0.0", "devices.batch=32", "evaluation.every=2"]
-    energy = Energy(forward_j=1.0, up_byte_j=0.5, down_byte_j=0.25)
     runs = []
     for _ in range(2):
-        bench = benches(*overrides, delays=Slow(), energy=energy)
+        bench = benches(*overrides, delays=Slow())
         options = {"local_iterations": 4} if name == "gas" else {}
         runs.append(weights_after(bench, name, **options))
     (first, points), (again, same) = runs
@@ -467,9 +465,9 @@ def test_a_baseline_repeats_to_the_bit_and_learns(benches, name):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert [point.round for point in points] == [2, 4, 6, 8]
     assert points[-1].loss < points[0].loss
-    last = points[-1]
-    assert last.modelled_j == last.client_forwards + 0.5 * last.bytes_up + 0.25 * last.bytes_down
-    assert msgspec.to_builtins(last)["modelled_j"] > 0
+    # A round is a batch of each device; of GAS, four of each place, and what is under way.
+    batches = points[-1].client_batches
+    assert batches >= 8 * 3 * 4 if name == "gas" else batches == 8 * 3
 
 
 def test_a_diverged_run_ends_early(benches):

@@ -63,7 +63,9 @@ def fedavg(bench: Bench, options: FedAvgOptions) -> list[Point]:
         meter.now_s += max(lasts_s)
         meter.bytes_up += size_bytes * len(devices)
         meter.bytes_down += size_bytes * len(devices)
-        meter.client_forwards += forwards * len(devices) * options.local_steps
+        batches = len(devices) * options.local_steps
+        meter.client_batches += batches
+        meter.client_forwards += forwards * batches
         if not meter.closed(number, *weights):
             break
     return meter.points

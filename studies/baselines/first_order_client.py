@@ -78,6 +78,7 @@ def first_order_client(bench: Bench, options: FirstOrderClientOptions) -> list[P
             downs = _backpropagate(bench, server, hs, received, batches)
             client_stepper.step(factor)
         meter.server_steps += options.tau
+        meter.client_batches += len(devices)
         meter.client_forwards += len(devices) * (FORWARD + (BACKWARD if learns else 0))
         ups = [size for _, size in carried]
         size_bytes = client.size_bytes if learns else 0

@@ -218,6 +218,7 @@ class _Gas:
         now_s = self._served_s(now_s) + delays.down_s(device, size_bytes)
         backward = self._step(place, sent, answer)
         self._meter.client_forwards += sent.forwards + backward
+        self._meter.client_batches += 1
         now_s += delays.for_forwards(device, sent.origin.round, backward)
         self._buffer(place, sent)
         if place.done < self._options.local_iterations:
@@ -281,6 +282,7 @@ class _Gas:
         drawn = [
             self._gaussians.sample(label, count, self._generator).view(count, *h.shape[1:])
             for label, count in enumerate(missing)
+            if count
         ]
         classes = torch.arange(self._bench.classes, device=labels.device)
         more = classes.repeat_interleave(torch.tensor(missing, device=labels.device))

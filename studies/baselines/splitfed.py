@@ -110,6 +110,7 @@ class _SplitFed:
             meter.bytes_down += down
             meter.client_forwards += FORWARD + BACKWARD
             meter.server_steps += 1
+            meter.client_batches += 1
             legs.append(
                 Leg(
                     delays.for_forwards(device, drawn, FORWARD) + delays.up_s(device, up),
