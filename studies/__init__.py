@@ -1,0 +1,1 @@
+"""Comparisons: baselines in the harness of the method, parameter studies."""
