@@ -27,14 +27,18 @@ from server_node.actions import (
     Step,
     Work,
 )
+from server_node.backtracking import Searches, settle
 from server_node.config import Config
 from server_node.coordinator import Coordinator
+from server_node.curvature import trace_of_hessian, warning
+from server_node.displacement import Displacements
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
+from server_node.guards import Guards, Intervened
 from server_node.half import ActivationBatch, Scores, ServerHalf, Turn
 from server_node.journal import Header, RoundClosed, Share
 from server_node.ledger import Ledger
-from server_node.replay import apply_client, apply_server, client_commit
+from server_node.replay import client_commit
 from server_node.resume import History
 from server_node.schedule import step_factor
 from wire_protocol.client_optimiser import ClientState
@@ -98,10 +102,16 @@ class Run:
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
         # Closed and when; recorded once the next round is on its way.
-        self._closed: tuple[CloseRound, float] | None = None
+        self._closed: tuple[CloseRound, float, Intervened] | None = None
         self._batches: dict[int, ActivationBatch] = {}
         self._differences: dict[tuple[int, int], Vector] = {}
         self._stepped: dict[int, list[list[float]]] = {}
+        past = history.past.journal.records if history is not None else ()
+        self.guards = Guards(config.guards, past)
+        self._displacements = Displacements(config)
+        self._warned = self.guards.curvature is not None and bool(
+            warning(config.method, self.guards.curvature)
+        )
 
     @property
     def client(self) -> Vector:
@@ -246,7 +256,7 @@ class Run:
             Turn(s.slot, s.device, self._batches[s.device], self._stepped.setdefault(s.device, []))
             for s in steps
         ]
-        rows = self._half.steps(turns)
+        rows = self._half.steps(turns, self.guards)
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
         if pad_s > 0:
             time.sleep(pad_s)
@@ -258,10 +268,12 @@ class Run:
         return actions
 
     def _measure(self, work: Measure, coordinator: Coordinator) -> list[Action]:
+        differences = self._differences.pop((work.device, work.first_k))
         scalars = self._half.measure(
-            work.device, self._batches[work.device],
-            self._differences.pop((work.device, work.first_k)), self._stepped[work.device],
-        )  # fmt: skip
+            work.device, self._batches[work.device], differences, self._stepped[work.device]
+        )
+        scalars = self.guards.clip_client(work.device, scalars)
+        self._displacements.add(work.device, scalars, differences)
         return coordinator.measured(work.device, work.first_k, scalars, self._read_clock_s())
 
     # -- actions -----------------------------------------------------------------------------
@@ -286,14 +298,15 @@ class Run:
                 case Finish():
                     self.finished = action
         if self._closed is not None:  # the devices compute meanwhile
-            (closed, closed_s), self._closed = self._closed, None
-            self._settle(closed, closed_s)
+            settled, self._closed = self._closed, None
+            self._settle(*settled)
 
     def _open(self, opened: OpenRound) -> None:
         # Also when a round that lost everybody is opened again: nothing of it counts.
         self._batches.clear()
         self._differences.clear()
         self._stepped.clear()
+        self._displacements.clear()
         factor = step_factor(self.config.method.schedule, opened.round, self.config.run.rounds)
         self._half.start_round(opened.round, self.config.method.eta_s * factor)
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
@@ -309,12 +322,21 @@ class Run:
             )
             for c in closed.contributions
         ]  # fmt: skip
+        devices = [c.device for c in closed.contributions]
+        client_factor = self.guards.adapt_client(devices)
         record = RoundClosed(
-            closed.round, method.eta_c * factor, method.eta_s * factor, method.eta_g, shares
+            closed.round, method.eta_c * factor * client_factor, method.eta_s * factor,
+            method.eta_g, shares,
+        )  # fmt: skip
+        record, self.server, self._client, found = settle(
+            record, self.header, self.server, self._client, self._generator, self._searches(record)
         )
-        self.ledger.committed(record)
-        apply_client(self._client, self.header, record, self._generator)
-        apply_server(self.server, self.header, record, self._generator)
+        found |= {"client_factor": client_factor, **self.guards.losses(devices)}
+        if devices and (closed.round == 0 or self._due(closed.round)):
+            found["curvature_server"] = self._curvature(devices)
+        guarded = self.guards.report(closed.round, devices, found)
+        self.ledger.committed(record, guarded)
+        intervened = self.guards.closed(record, guarded)
         self._half.load(self.server)
         self.rounds_closed += 1
         self.contributions += len(closed.contributions)
@@ -323,21 +345,53 @@ class Run:
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
         self._outbox.broadcast(commit)
-        self._closed = closed, self._read_clock_s()
+        self._closed = closed, self._read_clock_s(), intervened
+
+    def _searches(self, record: RoundClosed) -> Searches:
+        """The losses by which the round's step is shortened, where a guard asks for it."""
+        rules, half = self.config.guards, self._half
+        batches = [self._batches[share.device] for share in record.shares]
+        server: Callable[[Vector], float] | None = None
+        if rules.backtrack_server:
+            server = lambda weights: half.pooled_loss(weights, batches)  # noqa: E731
+        moved = self._displacements.of(record)
+        if moved is None:
+            return Searches(server)
+        return Searches(
+            server,
+            lambda weights, fraction: half.pooled_loss(
+                weights,
+                [b._replace(h=b.h + fraction * d) for b, d in zip(batches, moved, strict=True)],
+            ),
+        )
+
+    def _curvature(self, devices: list[int]) -> float:
+        """Measure the server half's curvature before the round; warn once of a step too long."""
+        trace = trace_of_hessian(self._half, [self._batches[device] for device in devices])
+        text = warning(self.config.method, trace)
+        if text and not self._warned:
+            self._warned = True
+            self._notify({"event": "warning", "text": text})
+        return trace
 
     def _due(self, number: int) -> bool:
         """True for rounds that are evaluated."""
         last = number + 1 == self.config.run.rounds
         return last or (number + 1) % self.config.evaluation.every == 0
 
-    def _settle(self, closed: CloseRound, closed_s: float) -> None:
+    def _settle(self, closed: CloseRound, closed_s: float, guarded: Intervened) -> None:
         """Evaluate, checkpoint and record a closed round."""
         due = self._due(closed.round)
         if due:
             self._evaluate()
         scores = self.scores if due else None
-        row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores)
+        row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores, guarded)
         self._notify({"event": "round", **row})
+        self._end_if_diverged()
+
+    def _end_if_diverged(self) -> None:
+        if self.guards.diverged and not self.complete:
+            self.finished = Finish(Outcome.DIVERGED, self.guards.diverged)
 
     def _evaluate(self) -> None:
         """Score the weights, journal their digests, and keep those that did not diverge."""
@@ -349,7 +403,8 @@ class Run:
                 f"test loss {self.scores.loss:.3g} after round {self.rounds_closed - 1} against "
                 f"{self._first_loss:.3g} at the start; use smaller steps",
             )
-        self.ledger.verified(self.rounds_closed, self.client_state, self.server, keep=good)
+        keep = good and not self.guards.doubtful
+        self.ledger.verified(self.rounds_closed, self.client_state, self.server, keep=keep)
 
     def _catch_up(self, history: History) -> None:
         """Do for the last round what the server was stopped in, after its commit."""
@@ -361,6 +416,7 @@ class Run:
         elif due:
             self.scores = self._evaluator.scores(self.client, self._half)
         self.ledger.catch_up(rounds, self.config.method.tau, self.scores if due else None)
+        self._end_if_diverged()
         self._history = None
 
     def close(self, reason: str) -> None:
