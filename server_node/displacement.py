@@ -52,13 +52,16 @@ class Displacements:
         self._sums.clear()
 
     def of(self, record: RoundClosed) -> list[torch.Tensor] | None:
-        """Displacement of the activation of each share's device; None when not all are known."""
+        """Displacement of the activation of each share's device; None when not all are known.
+
+        They are forgotten: a device's next directions belong to another commit.
+        """
         if not record.shares or not all(share.device in self._sums for share in record.shares):
             return None
         moved: list[torch.Tensor] = []
         for share in record.shares:
             directions = len(share.client_scalars) // 4
             scale = -record.eta_g * share.weight * record.eta_c / directions / (2 * self._lam) ** 2
-            displacement = (scale * self._sums[share.device]).astype(np.float32)
+            displacement = (scale * self._sums.pop(share.device)).astype(np.float32)
             moved.append(torch.from_numpy(displacement).to(self._device))
         return moved

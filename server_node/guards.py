@@ -32,6 +32,8 @@ _LARGER: Final = 1.25
 _TOLERATED_RISE: Final = 1e-4
 # Small pools can have a loss near 0 by luck; above this part of the first loss nobody is judged.
 _FLOOR: Final = 0.1
+# Of all devices; journaled when they are not 1.
+_FACTORS: Final = ("backtrack_server", "backtrack_client", "client_factor")
 _ALL: Final = -1  # in a record: of no device in particular
 
 
@@ -152,7 +154,7 @@ class Guards:
     def report(
         self, number: int, devices: Sequence[int], for_all: dict[str, float]
     ) -> list[Guarded]:
-        """What the journal is told of a round: of its devices, and `for_all` where it is not 1."""
+        """What the journal is told of a round: of its devices, and `for_all`, idle factors apart."""
         found: list[Guarded] = []
         for device in devices:
             share = self._open.pop(device, None)
@@ -161,7 +163,11 @@ class Guards:
             found += [Guarded(number, device, name, n) for name, n in share.counts.items() if n]
             if share.factor != self._factors.get(device, 1.0):
                 found.append(Guarded(number, device, "factor", share.factor))
-        found += [Guarded(number, _ALL, name, v) for name, v in for_all.items() if v != 1.0]
+        found += [
+            Guarded(number, _ALL, name, value)
+            for name, value in for_all.items()
+            if name not in _FACTORS or value != 1.0
+        ]
         return found
 
     def losses(self, devices: Sequence[int]) -> dict[str, float]:
@@ -219,8 +225,9 @@ class Guards:
             return f"{BARREN_ROUNDS} rounds in a row led to weights that are not finite; {remedy}"
         if self._rules.patience and self._streak >= self._rules.patience:
             return (
-                f"the devices' loss (median of {WINDOW_ROUNDS} rounds) was above {self._rules.diverged_factor:g} times its best "
-                f"({self._best:.3g}) for {self._streak} rounds in a row; {remedy}"
+                f"the devices' loss (median of {WINDOW_ROUNDS} rounds) was above "
+                f"{self._rules.diverged_factor:g} times its best ({self._best:.3g}) for "
+                f"{self._streak} rounds in a row; {remedy}"
             )
         return ""
 
