@@ -154,7 +154,7 @@ class Guards:
     def report(
         self, number: int, devices: Sequence[int], for_all: dict[str, float]
     ) -> list[Guarded]:
-        """What the journal is told of a round: of its devices, and `for_all`, idle factors apart."""
+        """What the journal is told of a round: of its devices, and `for_all` but idle factors."""
         found: list[Guarded] = []
         for device in devices:
             share = self._open.pop(device, None)
