@@ -163,6 +163,8 @@ def _text(event: dict[str, Any]) -> str:
             text = f"refused from {event['device']}: {event['why']}"
         case "broker-lost":
             text = f"broker lost: {event['reason']}"
+        case "warning":
+            text = f"warning: {event['text']}"
         case _:
             pass
     return text
@@ -188,6 +190,13 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
         ("bundle transfer, MB", _megabytes(summary["bundle_bytes_down"]), ""),
         ("server steps", str(summary["server_steps"]), ""),
         ("server busy while waiting, s", _number(summary["server_busy_while_waiting_s"]), ""),
+        ("guards: steps rejected", str(summary["guard_rejected"]), ""),
+        ("guards: scalars clipped", str(summary["guard_clipped"]), ""),
+        (
+            "guards: rounds shortened, server / client",
+            f"{summary['guard_rounds_server']} / {summary['guard_rounds_client']}",
+            "",
+        ),
     )
     for row in rows:
         table.add_row(*row)

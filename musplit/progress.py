@@ -31,8 +31,8 @@ def _text(stdout: TextIO, event: dict[str, Any]) -> None:
             say(f"packets of at most {event['bytes']} bytes: larger messages go in parts")
         case "run":
             _begun(event)
-        case "resumed":
-            say(printable(event["text"]))
+        case "resumed" | "warning" as name:
+            say(printable(f"warning: {event['text']}" if name == "warning" else event["text"]))
         case "round" if event["accuracy"] is not None:
             say(
                 f"round {event['round'] + 1}: accuracy {event['accuracy']:.3f}, loss "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from server_node.sections import MethodSection, RoundSection, ServerSection
+from server_node.sections import MethodSection, ServerSection
 
 
-def nonsense(method: MethodSection, round_: RoundSection, server: ServerSection) -> dict[str, bool]:
+def nonsense(method: MethodSection, server: ServerSection) -> dict[str, bool]:
     """Problem -> whether it is there."""
     first = method.server_order == "first"
     pooled = method.server_batch == "pooled"
-    asynchronous = round_.mode == "asynchronous"
     return {
         'method.server_optimiser, method.server_options: need method.server_order = "first"; '
         "zeroth-order steps have no optimiser": not first and (
@@ -29,9 +28,6 @@ def nonsense(method: MethodSection, round_: RoundSection, server: ServerSection)
         ),
         "method.tau_mode: pooled steps have no time of a single device to fill; use fixed": (
             pooled and method.tau_mode == "adaptive"
-        ),
-        'round.mode: asynchronous rounds have no pool; use method.server_batch = "device"': (
-            asynchronous and pooled
         ),
         "method.tau_mode: more steps put off the cut gradient that a device waits for; use fixed": (
             method.feedback == "cut_gradient" and method.tau_mode == "adaptive"

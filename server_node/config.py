@@ -167,10 +167,13 @@ def _check(config: Config, where: str) -> None:
         "round.stall_s: must exceed round.rejoin_s and round.deadline_s": (
             config.round.stall_s <= max(config.round.rejoin_s, config.round.deadline_s)
         ),
+        'guards.reject: judges zeroth-order steps; method.server_order is "first"': (
+            config.guards.reject and config.method.server_order == "first"
+        ),
         "emulation.speed: has more entries than devices": len(config.emulation.speed) > count,
         "emulation.delay_s: has more entries than devices": len(config.emulation.delay_s) > count,
     }
-    problems |= nonsense(config.method, config.round, config.server)
+    problems |= nonsense(config.method, config.server)
     for problem, holds in problems.items():
         if holds:
             raise ConfigError(f"{where}: {problem}")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from server_node.flat import aligned_rows, bind
+from server_node.guards import Guards
 from server_node.optimisers import OptimiserRule, OptimiserState, build_optimiser
 from server_node.torch_half import ActivationBatch, Scores, TorchHalf, Turn, as_float32
 
@@ -110,7 +111,7 @@ class FirstHalf(TorchHalf):
         self._sum.clear()
         self._held = None
 
-    def steps(self, turns: Sequence[Turn]) -> list[list[float]]:
+    def steps(self, turns: Sequence[Turn], guards: Guards | None = None) -> list[list[float]]:
         """The next step of the one device in `turns`; returns its loss before it, [[loss]].
 
         A device's steps follow each other: those of another one begin a copy anew.
@@ -128,6 +129,8 @@ class FirstHalf(TorchHalf):
             loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
         self._held = turn.device, len(turn.done) + 1
+        if guards is not None and not turn.done:
+            guards.observe(turn.device, float(loss.detach()))
         return [[as_float32(float(loss.detach()))]]
 
     @torch.no_grad()
@@ -140,6 +143,23 @@ class FirstHalf(TorchHalf):
         if finite:
             self._sum.add(self._copy)
         return finite
+
+    @torch.no_grad()
+    def after(self, eta_g: float) -> Vector:
+        """What `commit` would make of the base weights (d_s,)."""
+        if not self._sum.count:
+            return self.weights.copy()
+        base = self._base.double()
+        after = base + eta_g * (self._sum.mean()[: len(self._working)] - base)
+        found: Vector = after.float().cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def pooled_loss(self, weights: Vector, batches: Sequence[ActivationBatch]) -> float:
+        """Mean loss of weights (d_s,) on the activations of several devices."""
+        self._working.copy_(torch.from_numpy(weights))
+        self._held = None
+        return self._pooled_loss(batches)
 
     @torch.no_grad()
     def commit(self, eta_g: float) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from server_node.errors import ConfigError
 from server_node.flat import aligned_rows, bind, parameter_views
+from server_node.guards import Guards
 from server_node.signs import NumpySigns, Signs
 from server_node.torch_directions import TorchSigns
 from server_node.torch_half import ActivationBatch, Scores, TorchHalf, Turn, as_float32
@@ -29,6 +30,8 @@ from wire_protocol.estimator import step_scale
 _DIRECTIONS_KEPT: Final = 32
 # Batched and single outputs come from different kernels; float32 agrees far better than this.
 _BATCHED_RELATIVE_ERROR: Final = 1e-4
+# Directions of this round are drawn for probes; no run is that long.
+_PROBE_ROUND: Final = (1 << 32) - 1
 
 Vector = NDArray[np.float32]
 
@@ -102,10 +105,11 @@ class ServerHalf(TorchHalf):
             )
 
     @torch.inference_mode()
-    def steps(self, turns: Sequence[Turn]) -> list[list[float]]:
+    def steps(self, turns: Sequence[Turn], guards: Guards | None = None) -> list[list[float]]:
         """The next step of each device, all slots distinct; returns the K_s scalars of each.
 
         scalars[k] = L(x + lam u_k; h) - L(x - lam u_k; h), then x -= eta mean_k(...) u_k.
+        Guards may change them: what is returned was applied.
         """
         for turn in turns:
             self._take(turn)
@@ -115,22 +119,55 @@ class ServerHalf(TorchHalf):
             origins[turn.slot] = self._direction(turn.device, len(turn.done))
         kept: list[Any] = []
         scalars: list[list[float]] = [[] for _ in turns]
+        before = [0.0] * len(turns)  # mean loss of all sides: the copy's, but for O(lam^2)
         for k in range(self._directions):
             packed = self._draw(origins, k)
             if k < _DIRECTIONS_KEPT:
                 kept.append(packed)
             plus, minus = self._sides(turns, packed)
-            for turn, row in zip(turns, scalars, strict=True):
+            for i, (turn, row) in enumerate(zip(turns, scalars, strict=True)):
                 row.append(as_float32(plus[turn.slot] - minus[turn.slot]))
+                before[i] += (plus[turn.slot] + minus[turn.slot]) / (2 * self._directions)
+        if guards is not None:
+            scalars = _shaped(turns, scalars, before, guards)
+        judged = guards is not None and guards.rejects
+        self._apply(turns, scalars, origins, kept, self._perturbed if judged else self._working)
+        if guards is not None and judged:
+            self._judge(turns, scalars, before, guards)
+        for turn in turns:
+            self._held[turn.slot] = (turn.device, len(turn.done) + 1)
+        return scalars
+
+    def _apply(
+        self, turns: Sequence[Turn], scalars: list[list[float]], origins: list[DirectionId],
+        kept: list[Any], rows: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Write the copies after these steps to the first `rows`."""
+        after = rows[: self._replicas]
         for k in range(self._directions):
             scales = [0.0] * self._replicas
             for turn, row in zip(turns, scalars, strict=True):
                 scales[turn.slot] = self._addend(row[k])
             packed = kept[k] if k < len(kept) else self._draw(origins, k)
-            self._signs.add(packed, scales, self._working, self._working)
-        for turn in turns:
-            self._held[turn.slot] = (turn.device, len(turn.done) + 1)
-        return scalars
+            self._signs.add(packed, scales, after if k else self._working, after)
+
+    def _judge(
+        self, turns: Sequence[Turn], scalars: list[list[float]], before: list[float],
+        guards: Guards,
+    ) -> None:  # fmt: skip
+        """Keep the candidates in `_perturbed` that do not raise their batch's loss.
+
+        The scalars of the others become zeros, and are applied as such: a copy that is rebuilt
+        from them has the same bits, signs of zeros included.
+        """
+        losses = self._candidate_losses(turns)
+        for i, turn in enumerate(turns):
+            row = self._working[turn.slot : turn.slot + 1]
+            if guards.accepts(turn.device, before[i], losses[turn.slot]):
+                row.copy_(self._perturbed[turn.slot])
+                continue
+            scalars[i] = [0.0] * self._directions
+            self._replay_step(row, turn.device, len(turn.done), scalars[i])
 
     @torch.inference_mode()
     def measure(
@@ -152,6 +189,36 @@ class ServerHalf(TorchHalf):
         self._scratch.copy_(self._base)
         self._scratch_holds = None
         return self._scores(h, labels)
+
+    # -- pooled activations ------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def pooled_loss(self, weights: Vector, batches: Sequence[ActivationBatch]) -> float:
+        """Mean loss of weights (d_s,) on the activations of several devices."""
+        self._scratch.copy_(torch.from_numpy(weights))
+        self._scratch_holds = None
+        return self._pooled_loss(batches)
+
+    @torch.inference_mode()
+    def second_difference(
+        self, batches: Sequence[ActivationBatch], lam: float, probes: int
+    ) -> float:
+        """Mean over random u of (L(x + lam u) + L(x - lam u) - 2 L(x)) / lam^2, x the base."""
+        self._scratch.copy_(self._base)
+        self._scratch_holds = None
+        middle = self._pooled_loss(batches)
+        total = 0.0
+        origin = DirectionId(self._run_seed, Stream.SERVER_HALF, 0, _PROBE_ROUND, 0, 0)
+        for k in range(probes):
+            packed = self._draw([origin], k)
+            for side in (lam, -lam):
+                self._signs.add(packed, [side], self._base[None], self._perturbed[:1])
+                total += self._pooled_loss(batches) - middle
+        return total / probes / lam**2
+
+    def root_mean_square(self) -> float:
+        """Of the base weights."""
+        return float(self._base.double().square().mean().sqrt())
 
     # -- copies ------------------------------------------------------------------------------
 
@@ -193,9 +260,12 @@ class ServerHalf(TorchHalf):
         """Make `row` (1, d_s) the copy of `device` after the steps `done`."""
         row.copy_(self._base)
         for step, scalars in enumerate(done):
-            origin = self._direction(device, step)
-            for k, delta in enumerate(scalars):
-                self._signs.add(self._draw([origin], k), [self._addend(delta)], row, row)
+            self._replay_step(row, device, step, scalars)
+
+    def _replay_step(self, row: torch.Tensor, device: int, step: int, scalars: list[float]) -> None:
+        origin = self._direction(device, step)
+        for k, delta in enumerate(scalars):
+            self._signs.add(self._draw([origin], k), [self._addend(delta)], row, row)
 
     def _addend(self, delta: float) -> float:
         return -step_scale(self._eta, self._lam, self._directions) * delta
@@ -233,8 +303,36 @@ class ServerHalf(TorchHalf):
         means: list[float] = losses.double().mean(dim=1).tolist()
         return means[:count], means[count:]
 
+    def _candidate_losses(self, turns: Sequence[Turn]) -> list[float]:
+        """Mean losses of every slot at the weights in `_perturbed`."""
+        count = self._replicas
+        if count == 1:
+            losses = self._losses(turns[0].batch.h.clone(), turns[0].batch.labels)
+            return [float(losses.double().mean())]
+        assert self._batches is not None  # a turn was taken
+        logits = self._outputs(self._perturbed[:count], self._batches.h[:count].clone())
+        labels = self._batches.labels[:count]
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none"
+        ).reshape(labels.shape)
+        means: list[float] = losses.double().mean(dim=1).tolist()
+        return means
+
     def _output(self, weights: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """The half with weights (d_s,) on h (batch, ...): logits (batch, classes)."""
         state = {name: view for name, _, view in parameter_views(self._module, weights)}
         logits: torch.Tensor = torch.func.functional_call(self._module, state, (h,))
         return logits
+
+
+def _shaped(
+    turns: Sequence[Turn], scalars: list[list[float]], before: list[float], guards: Guards
+) -> list[list[float]]:
+    """The scalars to apply of the measured ones; `before` are the losses of the turns' batches."""
+    rows = [
+        guards.shape(turn.device, turn.done, row) for turn, row in zip(turns, scalars, strict=True)
+    ]
+    for turn, loss in zip(turns, before, strict=True):
+        if not turn.done:
+            guards.observe(turn.device, loss)
+    return rows

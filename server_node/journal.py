@@ -90,7 +90,10 @@ class RoundClosed(Struct, frozen=True, tag="round", array_like=True):
 
 
 class Guarded(Struct, frozen=True, tag="guard", array_like=True):
-    """A guard intervened in round `round`, for a device or (-1) for all; the scalars show it."""
+    """What a guard did or measured in round `round`, for a device or (-1) for all.
+
+    Before the round's commit. Replay needs none of them: scalars and weights are those applied.
+    """
 
     round: U32
     device: int
@@ -156,9 +159,9 @@ class JournalWriter:
             self._write(_MAGIC + b"".join(map(_packed, (header, *records))))
             sync_folder(path.parent)
 
-    def append(self, record: Record) -> None:
-        """Append one record."""
-        self._write(_packed(record))
+    def append(self, *records: Record) -> None:
+        """Append records, forced to the disk once."""
+        self._write(b"".join(map(_packed, records)))
 
     def close(self) -> None:
         """Close the file."""

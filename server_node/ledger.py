@@ -16,11 +16,13 @@ from server_node.frames_log import (
     StoredTurn,
     continue_frames,
 )
+from server_node.guards import Intervened
 from server_node.journal import (
     JOURNAL_FILE,
     DeviceJoined,
     Digests,
     Ended,
+    Guarded,
     Header,
     JournalWriter,
     Resumed,
@@ -148,9 +150,9 @@ class Ledger:
             save_checkpoint(self.folder, anchor, ANCHOR_FILE)
             self._frames_file.start_over()
 
-    def committed(self, record: RoundClosed) -> None:
+    def committed(self, record: RoundClosed, guarded: Sequence[Guarded]) -> None:
         """A round was closed: on the disk before anybody is told."""
-        self._journal.append(record)
+        self._journal.append(*guarded, record)
 
     def verified(self, now: Checkpoint, *, keep: bool) -> None:
         """Journal the digests; `keep`: replace the checkpoint by this one."""
@@ -172,8 +174,9 @@ class Ledger:
         self._recorded = len(rounds)
 
     def measured(
-        self, closed: CloseRound, closed_s: float, tau: int, scores: Scores | None
-    ) -> dict[str, Any]:
+        self, closed: CloseRound, closed_s: float, tau: int, scores: Scores | None,
+        guarded: Intervened,
+    ) -> dict[str, Any]:  # fmt: skip
         """Record the metrics of a round; returns the row."""
         steps, busy_s, waiting_s = self._mark
         traffic = self.traffic.totals()
@@ -187,6 +190,9 @@ class Ledger:
             server_busy_s=self.busy_s - busy_s,
             server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
             bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],
+            pooled_loss=guarded.pooled_loss, guard_rejected=guarded.rejected,
+            guard_clipped=guarded.clipped, fraction_server=guarded.fraction_server,
+            fraction_client=guarded.fraction_client, factor_client=guarded.factor_client,
         )  # fmt: skip
         self._mark = (self.server_steps, self.busy_s, self.busy_waiting_s)
         self._frames = dict.fromkeys(self._frames, 0)

@@ -39,6 +39,12 @@ class RoundMetrics:
     server_busy_while_waiting_s: float | None
     bytes_up: int | None  # cumulative over the run, as reported so far
     bytes_down: int | None
+    pooled_loss: float | None
+    guard_rejected: int | None
+    guard_clipped: int | None
+    fraction_server: float | None
+    fraction_client: float | None
+    factor_client: float | None
 
 
 class DeviceReport(NamedTuple):

@@ -62,15 +62,19 @@ def client_commit(run: int, closed: RoundClosed, client_sha256: str = "") -> Com
 def apply_client(
     client: ClientState, header: Header, closed: RoundClosed, generator: DirectionGenerator
 ) -> None:
-    """Step the client half in place by one journaled round."""
+    """Step the client half in place by one journaled round; overflow gives infinities."""
     commit = client_commit(header.run, closed)
-    client.apply(commit, header.run_seed, header.lam, generator)
+    with np.errstate(over="ignore", invalid="ignore"):
+        client.apply(commit, header.run_seed, header.lam, generator)
 
 
 def apply_server(
     weights: Vector, header: Header, closed: RoundClosed, generator: DirectionGenerator
 ) -> None:
-    """Step the server half (d_s,) in place: x += eta_g * sum_m w_m (x_m - x), from scalars."""
+    """Step the server half (d_s,) in place: x += eta_g * sum_m w_m (x_m - x), from scalars.
+
+    Overflow gives infinities.
+    """
     for share in closed.shares:
         scalars = share_scalars(share)
         scale = step_scale(
@@ -79,7 +83,8 @@ def apply_server(
         terms = server_terms(
             header.run_seed, share.device, closed.round - share.staleness, scalars, scale
         )
-        apply_terms(weights, terms, generator)
+        with np.errstate(over="ignore", invalid="ignore"):
+            apply_terms(weights, terms, generator)
 
 
 def share_scalars(share: Share) -> list[list[float]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,17 +31,21 @@ from server_node.actions import (
     Work,
 )
 from server_node.asynchronous import AsynchronousCoordinator
+from server_node.backtracking import Searches, settle, stepped_server
 from server_node.checkpoint import Checkpoint
 from server_node.config import Config
 from server_node.coordinator import Coordinator
+from server_node.curvature import trace_of_hessian, warning
+from server_node.displacement import Displacements
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
 from server_node.first_half import FirstHalf
+from server_node.guards import Guards, Intervened
 from server_node.half import ServerHalf
-from server_node.journal import Header
+from server_node.journal import Header, RoundClosed
 from server_node.ledger import Ledger
 from server_node.pool import Pool, UsedFrame, UsedTurn
-from server_node.replay import apply_client, apply_server, client_commit
+from server_node.replay import client_commit
 from server_node.resume import History
 from server_node.schedule import step_factor
 from server_node.shares import close_record, server_weight
@@ -120,7 +125,7 @@ class Run:
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
         # Closed and when; recorded once the next round is on its way.
-        self._closed: tuple[CloseRound, float] | None = None
+        self._closed: tuple[CloseRound, float, Intervened] | None = None
         self._batches: dict[int, ActivationBatch] = {}
         self._differences: dict[tuple[int, int], Vector] = {}
         self._stepped: dict[int, list[list[float]]] = {}
@@ -129,6 +134,12 @@ class Run:
         if history is not None and history.first is not None and isinstance(half, FirstHalf):
             half.restore(history.first.optimiser)
             self._pool.restore(history.first.last_frames)
+        past = history.past.journal.records if history is not None else ()
+        self.guards = Guards(config.guards, past)
+        self._displacements = Displacements(config)
+        self._warned = self.guards.curvature is not None and bool(
+            warning(config.method, self.guards.curvature)
+        )
 
     @property
     def client(self) -> Vector:
@@ -318,7 +329,7 @@ class Run:
             )
             for s in steps
         ]
-        rows = self._half.steps(turns)
+        rows = self._half.steps(turns, self.guards)
         if isinstance(self._half, FirstHalf) and coordinator.is_last(steps[0]):
             rows = rows if self._half.keep() else [[math.nan]]
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
@@ -342,10 +353,12 @@ class Run:
 
     def _measure(self, work: Measure, coordinator: AnyCoordinator) -> list[Action]:
         copy = self._copy_of(work.device, coordinator)
+        differences = self._differences.pop((work.device, work.first_k))
         scalars = self._half.measure(
-            copy, self._batches[work.device], self._differences.pop((work.device, work.first_k)),
-            self._stepped[copy],
-        )  # fmt: skip
+            copy, self._batches[work.device], differences, self._stepped[copy]
+        )
+        scalars = self.guards.clip_client(work.device, scalars)
+        self._displacements.add(work.device, scalars, differences)
         return coordinator.measured(work.device, work.first_k, scalars, self._read_clock_s())
 
     def _copy_of(self, device: int, coordinator: AnyCoordinator) -> int:
@@ -391,8 +404,8 @@ class Run:
                 case Finish():
                     self.finished = action
         if self._closed is not None:  # the devices compute meanwhile
-            (closed, closed_s), self._closed = self._closed, None
-            self._settle(closed, closed_s)
+            settled, self._closed = self._closed, None
+            self._settle(*settled)
 
     def _open(self, opened: OpenRound | OpenShare) -> None:
         if isinstance(opened, OpenShare):
@@ -404,6 +417,7 @@ class Run:
         self._stepped.clear()
         self._gradients.clear()
         self._pool.clear()
+        self._displacements.clear()
         self._half.start_round(opened.round, self.config.method.eta_s * self._factor(opened.round))
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
 
@@ -422,14 +436,25 @@ class Run:
     def _close(self, closed: CloseRound) -> None:
         record = close_record(closed, self.config, self._stepped)
         self._record_frames(closed)
-        self.ledger.committed(record)
-        apply_client(self._client, self.header, record, self._generator)
+        devices = [share.device for share in record.shares]
+        client_factor = self.guards.adapt_client(devices)
+        record = msgspec.structs.replace(record, eta_c=record.eta_c * client_factor)
+        record, self.server, self._client, found = settle(
+            record, self.header, self._after, self.server, self._client, self._generator,
+            self._searches(record),
+        )  # fmt: skip
         if isinstance(self._half, FirstHalf):
             self._half.commit(record.eta_g * server_weight(record))
-            self.server[...] = self._half.weights
         else:
-            apply_server(self.server, self.header, record, self._generator)
             self._half.load(self.server)
+        found |= {"client_factor": client_factor, **self.guards.losses(devices)}
+        # Curvature grows fastest in the first rounds: 0, 1, 2, 4, 8, ..
+        due = not closed.round & (closed.round - 1) or self._due(closed.round)
+        if devices and due and isinstance(self._half, ServerHalf):
+            found["curvature_server"] = self._curvature(self._half, devices)
+        guarded = self.guards.report(closed.round, devices, found)
+        self.ledger.committed(record, guarded)
+        intervened = self.guards.closed(record, guarded)
         self.rounds_closed += 1
         self.contributions += len(closed.contributions)
         digest = sha256(self.client_state) if self._due(closed.round) else ""
@@ -437,7 +462,40 @@ class Run:
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
         self._outbox.broadcast(commit)
-        self._closed = closed, self._read_clock_s()
+        self._closed = closed, self._read_clock_s(), intervened
+
+    def _searches(self, record: RoundClosed) -> Searches:
+        """The losses by which the round's step is shortened, where a guard asks for it."""
+        rules, half = self.config.guards, self._half
+        batches = [self._batches[share.device] for share in record.shares]
+        server: Callable[[Vector], float] | None = None
+        if rules.backtrack_server:
+            server = lambda weights: half.pooled_loss(weights, batches)  # noqa: E731
+        moved = self._displacements.of(record)
+        if moved is None:
+            return Searches(server)
+        return Searches(
+            server,
+            lambda weights, fraction: half.pooled_loss(
+                weights,
+                [b._replace(h=b.h + fraction * d) for b, d in zip(batches, moved, strict=True)],
+            ),
+        )
+
+    def _after(self, record: RoundClosed) -> Vector:
+        """Server weights (d_s,) after a round as it would be journaled."""
+        if isinstance(self._half, FirstHalf):
+            return self._half.after(record.eta_g * server_weight(record))
+        return stepped_server(record, self.header, self.server, self._generator)
+
+    def _curvature(self, half: ServerHalf, devices: list[int]) -> float:
+        """Measure the server half's curvature at its base; warn once of a step too long."""
+        trace = trace_of_hessian(half, [self._batches[device] for device in devices])
+        text = warning(self.config.method, trace)
+        if text and not self._warned:
+            self._warned = True
+            self._notify({"event": "warning", "text": text})
+        return trace
 
     def _record_frames(self, closed: CloseRound) -> None:
         """First order: journal what the steps that count were computed on."""
@@ -461,14 +519,19 @@ class Run:
         last = number + 1 == self.config.run.rounds
         return last or (number + 1) % self.config.evaluation.every == 0
 
-    def _settle(self, closed: CloseRound, closed_s: float) -> None:
+    def _settle(self, closed: CloseRound, closed_s: float, guarded: Intervened) -> None:
         """Evaluate, checkpoint and record a closed round."""
         due = self._due(closed.round)
         if due:
             self._evaluate()
         scores = self.scores if due else None
-        row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores)
+        row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores, guarded)
         self._notify({"event": "round", **row})
+        self._end_if_diverged()
+
+    def _end_if_diverged(self) -> None:
+        if self.guards.diverged and not self.complete:
+            self.finished = Finish(Outcome.DIVERGED, self.guards.diverged)
 
     def _evaluate(self) -> None:
         """Score the weights, journal their digests, and keep those that did not diverge."""
@@ -480,9 +543,10 @@ class Run:
                 f"test loss {self.scores.loss:.3g} after round {self.rounds_closed - 1} against "
                 f"{self._first_loss:.3g} at the start; use smaller steps",
             )
+        keep = good and not self.guards.doubtful
         now = self._now()
-        self.ledger.verified(now, keep=good)
-        if good:
+        self.ledger.verified(now, keep=keep)
+        if keep:
             self.ledger.limit_frames(self.config.server.frames_mb << 20, now)
 
     def _catch_up(self, history: History) -> None:
@@ -495,6 +559,7 @@ class Run:
         elif due:
             self.scores = self._evaluator.scores(self.client, self._half)
         self.ledger.catch_up(rounds, self.config.method.tau, self.scores if due else None)
+        self._end_if_diverged()
         self._history = None
 
     def close(self, reason: str) -> None:

@@ -123,6 +123,7 @@ class GuardsSection(Section, frozen=True):
     reject: bool = False
     # After the averaging: of the fractions 1, 1/2, 1/4, 1/8, 0 of the step, the best.
     backtrack_server: bool = False
+    # The same of the client's step, by its predicted effect; and smaller ones after a jump.
     backtrack_client: bool = False
     # Rounds in a row above `diverged_factor` times the best pooled loss end the run; 0: never.
     patience: Count = 20

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from server_node.curvature import step_rule
 from server_node.files import replace_file
+from server_node.guards import Guards
 from server_node.prepare import Experiment, open_half
 from server_node.recorder import read_metrics
 from server_node.resume import History
@@ -34,6 +36,7 @@ class RunResult(NamedTuple):
     client_sha256: str
     server_sha256: str
     environment: dict[str, str]
+    guards: Guards
 
 
 def result_of(run: Run, seconds: float, resumed: int) -> RunResult:
@@ -43,7 +46,7 @@ def result_of(run: Run, seconds: float, resumed: int) -> RunResult:
         finished.outcome.value if finished else "interrupted", finished.detail if finished else "",
         run.scores, run.rounds_closed, run.contributions, resumed, ledger.past_s + seconds,
         ledger.busy_s, ledger.busy_waiting_s, ledger.server_steps, ledger.traffic.totals(),
-        sha256(run.client_state), sha256(run.server), run.header.environment,
+        sha256(run.client_state), sha256(run.server), run.header.environment, run.guards,
     )  # fmt: skip
 
 
@@ -59,6 +62,7 @@ def result_of_past(experiment: Experiment, history: History) -> RunResult:
         metrics.total("server_busy_s"), metrics.total("server_busy_while_waiting_s"),
         metrics.total("server_steps"), metrics.traffic().totals(), sha256(history.client.state),
         sha256(history.server), past.header.environment,
+        Guards(experiment.config.guards, past.journal.records),
     )  # fmt: skip
 
 
@@ -105,6 +109,13 @@ def summarise(
         "control_bytes_down": None,
         "client_rounds": main.contributions,
         "server_steps": main.server_steps,
+        **_guarded(main.guards),
+        "curvature_trace_server": main.guards.curvature,
+        "step_rule_server": (
+            step_rule(config.method, main.guards.curvature)
+            if main.guards.curvature is not None
+            else None
+        ),
         "client_weights_sha256": main.client_sha256,
         "server_weights_sha256": main.server_sha256,
         "config_sha256": config.sha256(),
@@ -129,6 +140,18 @@ def summarise(
             "control_bytes_down": traffic["bytes_down"] + traffic["bundle_bytes_down"],
         }
     return summary
+
+
+def _guarded(guards: Guards) -> dict[str, int]:
+    """How often guards intervened in the whole run."""
+    totals = guards.totals
+    return {
+        "guard_rejected": totals["reject"],
+        "guard_clipped": totals["clip_server"] + totals["clip_client"],
+        "guard_rounds_server": totals["backtrack_server"],
+        "guard_rounds_client": totals["backtrack_client"] + totals["client_factor"],
+        "guard_rounds_not_finite": totals["not_finite_server"] + totals["not_finite_client"],
+    }
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

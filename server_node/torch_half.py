@@ -6,6 +6,7 @@ The module's parameters are views of one flat vector that the subclass owns and 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -89,6 +90,18 @@ class TorchHalf:
             loss += float(losses.double().sum())
             right += int((logits.argmax(1) == truth).sum())
         return Scores(loss / len(labels), right / len(labels))
+
+    def _pooled_loss(self, batches: Sequence[ActivationBatch]) -> float:
+        """Mean loss of the module on the activations of several devices, all of one size."""
+        total, rows = 0.0, 0
+        group = max(1, _MEASURE_ROWS // max(1, len(batches[0].labels)))
+        for first in range(0, len(batches), group):
+            part = batches[first : first + group]
+            h = torch.cat([batch.h for batch in part])
+            losses = self._losses(h, torch.cat([batch.labels for batch in part]))
+            total += float(losses.double().sum())
+            rows += len(losses)
+        return total / rows
 
     def _losses(self, h: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(self._module(h), labels, reduction="none")

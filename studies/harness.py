@@ -20,9 +20,9 @@ from edge_client.shard import Shard
 from emulation.inprocess import make_shards
 from server_node.config import Config
 from server_node.flat import bind
-from server_node.half import Scores
 from server_node.prepare import Experiment, open_half, prepare
 from server_node.schedule import step_factor
+from server_node.torch_half import Scores
 from studies.errors import StudyError
 from studies.timeline import Instant, Timing, Trip, parallel_s, serial_s
 from wire_protocol.directions import batch_indices, participants

@@ -43,7 +43,7 @@ def welcome(bundle, **changes):
         "manifest_bytes": 1, "directions_sha256": directions_digest(0), "lam": 1e-3,
         "batch": BATCH, "directions": K, "rounds": 3, "encoding": "float32",
         "compression": "none", "next_round": 0, "feedback": "cut_gradient", "optimiser": "sgd",
-        "momentum": 0.9, "beta2": 0.999,
+        "momentum": 0.9, "beta2": 0.999, "asynchronous": False,
     }  # fmt: skip
     return Welcome(**{**fields, **changes})
 
