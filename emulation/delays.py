@@ -100,11 +100,11 @@ class Delays:
 
     def up_s(self, device: int, size_bytes: int) -> float:
         """A message from the device to the server."""
-        return self._latency_s + self._transfer_s(device, size_bytes, self._section.up_bytes_s)
+        return self.latency_s + self._transfer_s(device, size_bytes, self._section.up_bytes_s)
 
     def down_s(self, device: int, size_bytes: int) -> float:
         """A message from the server to the device."""
-        return self._latency_s + self._transfer_s(device, size_bytes, self._section.down_bytes_s)
+        return self.latency_s + self._transfer_s(device, size_bytes, self._section.down_bytes_s)
 
     @property
     def server_step_s(self) -> float:
@@ -124,7 +124,8 @@ class Delays:
         return 0.0 if self._timings is None else self._timings.server_round_s
 
     @property
-    def _latency_s(self) -> float:
+    def latency_s(self) -> float:
+        """Of any message; while one is under way the link is free for the next."""
         return self._section.latency_s if self._timings is None else self._timings.latency_s
 
     def _transfer_s(self, device: int, size_bytes: int, rates: list[float]) -> float:

@@ -39,6 +39,7 @@ class RoundMetrics:
     server_busy_while_waiting_s: float | None
     bytes_up: int | None  # cumulative over the run, as reported so far
     bytes_down: int | None
+    simulated_s: float | None = None  # by the virtual clock since the run began; None: a real run
 
 
 class DeviceReport(NamedTuple):
