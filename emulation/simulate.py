@@ -113,7 +113,9 @@ def simulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
         )  # fmt: skip
         main = simulation.play(notify)
         if main.result.outcome == Outcome.STALLED.value:
-            raise NoProgressError(f"{main.result.detail}; set round.deadline_s, or a longer stall_s")
+            raise NoProgressError(
+                f"{main.result.detail}; set round.deadline_s, or a longer stall_s"
+            )
         diverged = main.result.outcome == Outcome.DIVERGED.value
         control: Played | None = None
         if config.evaluation.control and not diverged:

@@ -93,7 +93,6 @@ class VirtualFleet:
         self._group: dict[int, int] = {}  # first k of a group of differences -> directions in it
         self._links_free_s: dict[int, float] = {}
         self._broadcast = (0.0, 0)  # when, and how many bytes then
-        self._replay = 0  # directions of the last commit
         self._shared: Shared | None = None
         self.client_forwards = 0
         self.traffic = CountedTraffic()
@@ -137,15 +136,13 @@ class VirtualFleet:
 
     def broadcast(self, message: DownMessage) -> None:
         """Commits end what devices compute; a round is computed by its participants."""
-        if isinstance(message, Commit):
-            self._queue.spend(self._delays.server_round_s)
         size_bytes = publish_bytes(self._topics.broadcast, len(encode(message)))
         self.traffic.received(size_bytes, self._here_count)
         now_s = self._queue.read_s()
         at_s, earlier_bytes = self._broadcast
         self._broadcast = (now_s, size_bytes + (earlier_bytes if at_s == now_s else 0))
         if isinstance(message, Commit):
-            self._committed(message)
+            self._committed()
         elif isinstance(message, Round):
             for device in message.participants:
                 self._ask(device, message.round)
@@ -183,9 +180,8 @@ class VirtualFleet:
         arrives_s = max(now_s, self._links_free_s.get(device, 0.0)) + down_s
         self._attempts[device] += 1
         self._working.add(device)
-        replay_s = self._delays.replay_s(device, self._replay)
-        attempt = self._attempts[device]
-        self._queue.at(arrives_s + replay_s, partial(self._begin, device, number, attempt))
+        begin = partial(self._begin, device, number, self._attempts[device])
+        self._queue.at(arrives_s, begin)
 
     def _begin(self, device: int, number: int, attempt: int) -> None:
         """Compute the round; its frames are on their way one after the other."""
@@ -232,9 +228,8 @@ class VirtualFleet:
             self.run.ledger.useless("refused")
             self._gone(device)
 
-    def _committed(self, commit: Commit) -> None:
+    def _committed(self) -> None:
         self.traffic.sent(self._report_bytes, self._here_count)
-        self._replay = sum(len(entry.scalars) for entry in commit.entries) // 4
         for device in self._working:
             self._stop(device)
         self._working.clear()
