@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import msgspec
-
 from edge_client.bundle import Bundle, read_bundle
 from edge_client.pacing import PacedSession
 from edge_client.session import ClientSession
@@ -101,7 +99,7 @@ class VirtualFleet:
             notify=notify, read_clock_s=self._queue.read_s, spend=self._spend,
         )  # fmt: skip
         run.ledger.traffic = self.traffic
-        self._welcome = run.welcome(0, 0, len(experiment.client.manifest_data))
+        self._manifest_bytes = len(experiment.client.manifest_data)
         self._report_bytes = publish_bytes(
             self._topics.control(self._names[0]), len(encode(_typical_report(run.header.run)))
         )
@@ -114,6 +112,14 @@ class VirtualFleet:
 
     def play(self) -> Run:
         """Run to the end; files as in any run folder."""
+        reason = "interrupted"
+        try:
+            reason = self._play()
+        finally:
+            self.run.close(reason)
+        return self.run
+
+    def _play(self) -> str:
         run, queue = self.run, self._queue
         eager = run.config.round.deadline_s > 0
         if self._presence.changes:
@@ -129,8 +135,7 @@ class VirtualFleet:
             queue.happen()
             if eager or (wake_s is not None and queue.read_s() >= wake_s):
                 run.tick()
-        run.close(run.finished.outcome.value)
-        return run
+        return run.finished.outcome.value
 
     # -- the outbox of the run ---------------------------------------------------------------
 
@@ -200,7 +205,7 @@ class VirtualFleet:
         if self._shared is None or self._shared.client is not self.run.client_half:
             self._shared = Shared(self.run.client_half, DirectionGenerator())
         trainer = Trainer(
-            msgspec.structs.replace(self._welcome, device=device), boards.session, boards.bundle,
+            self.run.welcome(device, 0, self._manifest_bytes), boards.session, boards.bundle,
             boards.shards[device], self._queue.read_s, self._shared,
         )  # fmt: skip
         trainer.next_round = number
@@ -280,7 +285,7 @@ class VirtualFleet:
         topic = self._topics.control(self._names[device])
         for message in said:
             self.traffic.sent(publish_bytes(topic, len(encode(message))))
-        size_bytes = len(encode(self._welcome))
+        size_bytes = len(encode(self.run.welcome(device, 0, self._manifest_bytes)))
         self.traffic.received(publish_bytes(self._topics.down(self._names[device]), size_bytes))
 
     # -- the server's time -------------------------------------------------------------------
