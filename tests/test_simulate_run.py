@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from core_support import play, tiny_config
+
 from emulation.delays import Delays
 from emulation.simulate import Played, Simulation, simulate, simulate_curve
 from server_node.config import Config
@@ -45,7 +45,8 @@ def test_the_weights_are_those_of_real_time(tmp_path: Path, overrides: tuple[str
     assert result.server_sha256 == sha256(run.server)
     assert result.scores == run.scores
     replayed = replay(tmp_path / "virtual", tmp_path / "virtual")
-    assert replayed.matches and replayed.complete
+    assert replayed.matches
+    assert replayed.complete
     assert replayed.client_sha256 == result.client_sha256
 
 
