@@ -1,7 +1,7 @@
 """What a simulated device costs: seconds of a device-round, and the peak memory of a large fleet.
 
-An MLP of 196-32-32-10 on made-up images of 28x28, pooled to 14x14; batch 32, tau 4, K 4, K_s 1. Short
-runs, scored once in ten rounds as a long one is; 1,000 rounds are extrapolated.
+An MLP of 196-32-32-10 on made-up images of 28x28, pooled to 14x14; batch 32, tau 4, K 4, K_s 1.
+Short runs, scored once in ten rounds as a long one is; 1,000 rounds are extrapolated.
 """
 
 from __future__ import annotations
