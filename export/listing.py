@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from export.cuts import Boundary, Half, boundaries, cut_traced
 from export.inputs import example
 from export.models import BuiltModel
+from export.server_half import ModelInput
 from export.tracing import quiet, trace
+from wire_protocol.manifest import InputSpec
 
 _FLOAT_BYTES: Final = 4
 
@@ -47,7 +50,8 @@ def list_cuts(model: BuiltModel) -> CutList:
         elements = math.prod(halves.activation_shape)
         return CutFacts(
             place.name, place.names[1:], _count(halves.client), _count(halves.server),
-            halves.activation_shape, elements * _FLOAT_BYTES, _flops(model, halves.client),
+            halves.activation_shape, elements * _FLOAT_BYTES,
+            forward_flops(halves.client, model.inputs),
         )  # fmt: skip
 
     return CutList(
@@ -92,8 +96,8 @@ def _count(half: Half) -> int:
     return sum(p.numel() for p in half.module.parameters())
 
 
-def _flops(model: BuiltModel, client: Half) -> int:
-    """Multiplications and additions, each counted, of matrix products and convolutions."""
+def forward_flops(client: Half, inputs: Sequence[ModelInput] | Sequence[InputSpec]) -> int:
+    """Of one sample: multiplications and additions, each counted, of products and convolutions."""
     # Fused attention and recurrent kernels are not counted: their plain forms are.
     with (
         quiet(),
@@ -102,5 +106,5 @@ def _flops(model: BuiltModel, client: Half) -> int:
         torch.backends.mkldnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
     ):
-        client.module(*example(model.inputs, 1))
+        client.module(*example(inputs, 1))
     return int(counter.get_total_flops())

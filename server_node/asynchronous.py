@@ -204,6 +204,11 @@ class AsynchronousCoordinator:
             return Step(device, len(share.server_scalars))
         return Measure(device, min(share.unmeasured))
 
+    def all_work(self) -> list[Work]:
+        """The next piece: contributions are computed one by one."""
+        work = self.next_work()
+        return [work] if work is not None else []
+
     def batch(self, first: Step) -> list[Step]:
         """One device at a time: the next one's copy starts where this one's commit ends."""
         return [first]

@@ -63,6 +63,7 @@ class Coordinator:
         self._gone: set[int] = set()
         self._returned: set[int] = set()  # in the open round
         self._shares: dict[int, _Share] = {}
+        self._awaiting: set[int] = set()  # participants that have not delivered all their frames
         self._queue: deque[int] = deque()  # devices that can be stepped for, in order of arrival
         self._pool: list[int] = []  # pooled: the devices of the steps, ascending
         self._opened_s = self._progress_s = self._deadline_from_s = now_s
@@ -147,6 +148,7 @@ class Coordinator:
         if not share.asked or len(scalars) != self._rules.directions:
             return [Ignore(device, "not asked")]
         share.client_scalars = dict(enumerate(scalars))
+        self._awaiting.discard(device)
         self._progress_s = now_s
         return [*self._completed(device, share), *self._close_if_complete(now_s)]
 
@@ -221,12 +223,16 @@ class Coordinator:
         if self._rules.pooled and not self._fill_pool():
             return None
         stepping: Work | None = None
+        while self._queue and self._over(self._queue[0]):
+            self._queue.popleft()
         for device in self._queue:
             share = self._shares[device]
             if share.dropped or share.complete:
                 continue
             if not share.stepped:
                 stepping = stepping or self._step(device)
+                if self._rules.replicas == 1:  # those behind it have no steps yet
+                    break
             elif share.unmeasured:
                 return Measure(device, min(share.unmeasured))
         return stepping
@@ -237,6 +243,8 @@ class Coordinator:
         A device's slot is its rank among the round's participants, modulo the replicas: it does
         not depend on who arrived when.
         """
+        if self._rules.replicas == 1:
+            return [first]
         steps = {first.slot: first}
         for device in self._queue:
             share = self._shares[device]
@@ -244,6 +252,22 @@ class Coordinator:
                 step = self._step(device)
                 steps.setdefault(step.slot, step)
         return list(steps.values())
+
+    def all_work(self) -> list[Work]:
+        """A piece of every device that has one: a step, or when it has all a measurement."""
+        if self._rules.pooled or self._rules.first_order:  # one copy, in one go
+            work = self.next_work()
+            return [work] if work is not None else []
+        pieces: list[Work] = []
+        for device in self._queue:
+            share = self._shares[device]
+            if share.dropped or share.complete:
+                continue
+            if not share.stepped:
+                pieces.append(self._step(device))
+            elif share.unmeasured:
+                pieces.append(Measure(device, min(share.unmeasured)))
+        return pieces
 
     def wake_s(self) -> float | None:
         """When `tick` must be called at the latest, or None."""
@@ -268,7 +292,7 @@ class Coordinator:
     @property
     def waiting(self) -> bool:
         """True while a participant has not delivered all its frames."""
-        return any(not self._delivered(share) for _, share in self._live())
+        return bool(self._awaiting)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -281,6 +305,7 @@ class Coordinator:
     def _arrived(self, device: int, share: _Share, now_s: float) -> None:
         self._progress_s = now_s
         if self._delivered(share):
+            self._awaiting.discard(device)
             self.tau.arrived(device, now_s - self._opened_s)
             self._hurry()
 
@@ -367,6 +392,7 @@ class Coordinator:
         share = self._shares.get(device)
         if share is not None and not share.complete and not share.dropped:
             share.dropped = why
+            self._awaiting.discard(device)
             self._hurry()
 
     def _close_if_complete(self, now_s: float) -> list[Action]:
@@ -419,6 +445,7 @@ class Coordinator:
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )
         self._shares = {device: _Share(rank, self._rules.tau) for rank, device in enumerate(chosen)}
+        self._awaiting = set(chosen)
         return [OpenRound(number, chosen)] if chosen else []
 
     def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
@@ -448,6 +475,10 @@ class Coordinator:
         if self._rules.cut_gradient and self._rules.pooled and not share.asked:
             return share.activation
         return self._delivered(share)
+
+    def _over(self, device: int) -> bool:
+        share = self._shares[device]
+        return share.complete or bool(share.dropped)
 
     def _deadline_passed(self, now_s: float) -> bool:
         deadline_s = self._rules.deadline_s

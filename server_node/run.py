@@ -103,12 +103,16 @@ class Run:
         evaluator: Evaluator, client: Vector, server: Vector, ledger: Ledger, outbox: Outbox,
         notify: Callable[[dict[str, Any]], None], history: History | None = None,
         read_clock_s: Callable[[], float] = time.monotonic,
+        spend: Callable[[Sequence[Work]], None] | None = None,
     ) -> None:  # fmt: skip
-        """`client` (d_c,) and `server` (d_s,) are the initial weights; they are not written to."""
+        """`client` (d_c,) and `server` (d_s,) are the initial weights; they are not written to.
+
+        `spend` lets the time of a virtual clock pass that pieces of work take.
+        """
         self.config, self.header, self.ledger = config, header, ledger
         self._initial = client, server
         self._history = history
-        self._read_clock_s = read_clock_s
+        self._read_clock_s, self._spend = read_clock_s, spend
         self._client = (
             ClientState(header.client_rule, client) if history is None else history.client
         )
@@ -145,6 +149,11 @@ class Run:
     def client(self) -> Vector:
         """Weights (d_c,) of the client half."""
         return self._client.theta
+
+    @property
+    def client_half(self) -> ClientState:
+        """The client half as devices have it that applied all commits; not to be written to."""
+        return self._client
 
     @property
     def client_state(self) -> Vector:
@@ -284,13 +293,41 @@ class Run:
         if self._coordinator is not None:
             self._perform(self._coordinator.tick(self._read_clock_s()))
 
+    @property
+    def wake_s(self) -> float | None:
+        """When `tick` must be called at the latest, or None."""
+        return self._coordinator.wake_s() if self._coordinator is not None else None
+
     def idle_s(self, at_most_s: float) -> float:
         """How long nothing happens unless a message comes: until the next `tick` is due."""
-        wake_s = self._coordinator.wake_s() if self._coordinator is not None else None
+        wake_s = self.wake_s
         due_s = at_most_s if wake_s is None else wake_s - self._read_clock_s()
         return min(at_most_s, max(_MIN_IDLE_S, due_s))
 
     # -- work --------------------------------------------------------------------------------
+
+    def work_together(self) -> bool:
+        """Compute a piece of every device that has one, in the time of the longest.
+
+        For a virtual clock: as if each device had a server of its own. False when there is none.
+        """
+        coordinator = self._coordinator
+        pieces = coordinator.all_work() if coordinator is not None else []
+        if not pieces or coordinator is None or self.finished or self._spend is None:
+            return False
+        waiting, number, begin_s = coordinator.waiting, coordinator.round, self._read_clock_s()
+        self._spend(pieces)
+        seconds = self._read_clock_s() - begin_s
+        self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
+        steps = [piece for piece in pieces if isinstance(piece, Step)]
+        actions: list[Action] = []
+        for group in _by_slots(steps):
+            actions += self._step(group, coordinator, begin_s)
+        for piece in pieces:
+            if isinstance(piece, Measure):
+                actions += self._measure(piece, coordinator)
+        self._perform(actions)
+        return True
 
     def work(self) -> bool:
         """Compute one piece of work, or a batch of steps; False when there is none."""
@@ -303,17 +340,20 @@ class Run:
         pieces: Sequence[Work]
         if isinstance(work, Step):
             pieces = steps = self._coordinator.batch(work)
-            actions = self._step(steps, self._coordinator)
+            if self._spend is not None:
+                self._spend(pieces)
+            actions = self._step(steps, self._coordinator, begin_s)
         else:
             pieces = [work]
+            if self._spend is not None:
+                self._spend(pieces)
             actions = self._measure(work, self._coordinator)
         seconds = self._read_clock_s() - begin_s
         self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
         self._perform(actions)
         return True
 
-    def _step(self, steps: list[Step], coordinator: AnyCoordinator) -> list[Action]:
-        begin_s = self._read_clock_s()
+    def _step(self, steps: list[Step], coordinator: AnyCoordinator, begin_s: float) -> list[Action]:
         if isinstance(coordinator, AsynchronousCoordinator) and not steps[0].step:
             # Its directions are those of its version; the size is that of the commit it becomes.
             version = coordinator.version(steps[0].device)
@@ -333,7 +373,7 @@ class Run:
         if isinstance(self._half, FirstHalf) and coordinator.is_last(steps[0]):
             rows = rows if self._half.keep() else [[math.nan]]
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
-        if pad_s > 0:
+        if pad_s > 0 and self._spend is None:
             time.sleep(pad_s)
         coordinator.step_took(self._read_clock_s() - begin_s)
         actions: list[Action] = []
@@ -565,6 +605,17 @@ class Run:
     def close(self, reason: str) -> None:
         """End the journal and close all files."""
         self.ledger.close(reason, self._now())
+
+
+def _by_slots(steps: list[Step]) -> list[list[Step]]:
+    """The steps in as few groups as possible, none with two of a slot."""
+    groups: list[dict[int, Step]] = []
+    for step in steps:
+        free = next((group for group in groups if step.slot not in group), None)
+        if free is None:
+            groups.append(free := {})
+        free[step.slot] = step
+    return [list(group.values()) for group in groups]
 
 
 def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
