@@ -88,6 +88,11 @@ class RoundClosed(Struct, frozen=True, tag="round", array_like=True):
     eta_g: float
     shares: list[Share]
 
+    def __post_init__(self) -> None:
+        """No share is older than the run."""
+        if any(share.staleness > self.round for share in self.shares):
+            raise ValueError(f"shares: staleness beyond round {self.round}")
+
 
 class Guarded(Struct, frozen=True, tag="guard", array_like=True):
     """What a guard did or measured in round `round`, for a device or (-1) for all.

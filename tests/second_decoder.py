@@ -205,7 +205,7 @@ def frame(payload: bytes) -> Frame:
     (crc,) = struct.unpack_from("<I", payload, 12)
     fields = struct.unpack_from("<QQIIII6I", payload, 16)
     run, epoch, number, first_k, labels, group, *dims = fields
-    demand(version == 2 and kind in (1, 2, 3) and dtype in (1, 2, 3, 4) and not zero, "header")
+    demand(version == 2 and kind in (1, 2, 4) and dtype in (1, 2, 3, 4) and not zero, "header")
     demand(compression in (0, 1) and 1 <= ndim <= 6 and not any(dims[ndim:]), "header")
     demand(label_bytes in ((1, 2, 4) if labels else (0,)), "labels")
     shape = dims[:ndim]

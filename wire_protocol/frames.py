@@ -3,7 +3,7 @@
 offset size field
      0    4 magic "MUSF"
      4    1 version (2)
-     5    1 kind: 1 activation, 2 differences, 3 cut gradient
+     5    1 kind: 1 activation, 2 differences, 4 cut gradient
      6    1 dtype: 1 float32, 2 float16, 3 int8, 4 int8 with a plane of 4 more bits
      7    1 compression: 0 raw, 1 zstd
      8    1 ndim, 1..6
@@ -77,7 +77,7 @@ class FrameKind(IntEnum):
 
     ACTIVATION = 1  # (batch, *activation shape), with labels
     DIFFERENCES = 2  # (directions, batch, *activation shape): h+ - h-, from `first_k` on
-    CUT_GRADIENT = 3  # (batch, *activation shape): dL/dh, from the server to a device
+    CUT_GRADIENT = 4  # (batch, *activation shape): dL/dh, from the server to a device
 
 
 class Frame(NamedTuple):
