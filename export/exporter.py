@@ -163,10 +163,8 @@ def _choice_notes(manifest: Manifest) -> list[str]:
         return []
     if not manifest.parameters:
         return [f"frozen client: the device trains none of its {manifest.frozen} parameters"]
-    return [
-        f"the device trains {manifest.parameters} parameters of its half, {manifest.frozen} are "
-        "frozen"
-    ]
+    trained, frozen = manifest.parameters, manifest.frozen
+    return [f"the device trains {trained} parameters of its half, {frozen} are frozen"]
 
 
 def _frozen(model: BuiltModel, tensors: list[TensorSpec]) -> int:

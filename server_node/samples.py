@@ -30,7 +30,7 @@ class Dataset(NamedTuple):
     notes: tuple[str, ...] = ()  # what was made of the source, for people
     # Samples that the server may know: withheld from all devices, shaped like x_train; or none.
     x_public: tuple[NDArray[np.generic], ...] = ()
-    y_public: NDArray[np.int64] = np.empty(0, np.int64)  # noqa: RUF012 - never written to
+    y_public: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class Draw(IntEnum):
@@ -82,7 +82,7 @@ def hold_out(data: Dataset, holdout: float) -> Dataset:
 
 
 def withhold(data: Dataset, count: int) -> Dataset:
-    """The same with `count` training samples made public, which no device gets. Raises DataError."""
+    """The same with `count` training samples public, which no device gets. Raises DataError."""
     samples = len(data.y_train)
     if count >= samples:
         raise DataError(f"{data.name}: data.public {count} leaves none of {samples} samples")
