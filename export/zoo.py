@@ -107,8 +107,10 @@ def _image(name: str, options: Options, sample: Shape | None) -> Shape:
 
 
 def _stem_image(name: str, sample: Shape | None) -> tuple[int, int, int]:
-    """(channels, height, width) as the data has it, 1x28x28 without data."""
+    """(channels, height, width) as the data has it, 1x28x28 without data; 64 numbers are 1x8x8."""
     shape = sample or (1, 28, 28)
+    if len(shape) == 1 and math.isqrt(shape[0]) ** 2 == shape[0]:
+        shape = (math.isqrt(shape[0]),) * 2
     shape = (1, *shape) if len(shape) == 2 else shape
     if len(shape) != 3:
         raise ModelError(f"model {name!r} takes images, a sample of the data has shape {sample}")

@@ -69,11 +69,11 @@ def load_moments(path: Path) -> Moments:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     total, triangle, samples = arrays["total"], arrays["second"], arrays["samples"]
     n = total.size
-    if (
-        total.shape != (n,) or total.dtype != np.float64 or triangle.dtype != np.float32
-        or triangle.shape != (n * (n + 1) // 2,) or samples.shape != ()
-        or samples.dtype.kind != "i" or samples < 1 or not np.isfinite(total).all() or not np.isfinite(triangle).all()
-    ):  # fmt: skip
+    whole = (
+        total.shape == (n,) and triangle.shape == (n * (n + 1) // 2,) and samples.shape == ()
+        and (total.dtype, triangle.dtype) == (np.float64, np.float32) and samples.dtype.kind == "i"
+    )  # fmt: skip
+    if not (whole and samples > 0 and np.isfinite(total).all() and np.isfinite(triangle).all()):
         raise InputError(f"{path}: holds no moments; `musplit stem stats` writes them")
     second = np.zeros((n, n))
     second[np.triu_indices(n)] = triangle
