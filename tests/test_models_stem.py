@@ -126,7 +126,7 @@ def test_a_fitted_stem_learns_with_and_without_its_device(tmp_path: Path) -> Non
 
 def test_random_filters_need_no_public_samples(tmp_path: Path) -> None:
     config = stem_config("data.public=0")
-    with pytest.raises(ConfigError, match="data.public"):
+    with pytest.raises(ConfigError, match=r"data\.public"):
         write_filters(config, tmp_path, at_random=False)
     written = write_filters(config, tmp_path, at_random=True)
     assert (written.public_samples, written.features) == (0, 16)

@@ -71,7 +71,8 @@ def load_moments(path: Path) -> Moments:
     n = total.size
     whole = (
         total.shape == (n,) and triangle.shape == (n * (n + 1) // 2,) and samples.shape == ()
-        and (total.dtype, triangle.dtype) == (np.float64, np.float32) and samples.dtype.kind == "i"
+        and total.dtype == np.float64 and triangle.dtype == np.float32
+        and samples.dtype.kind == "i"
     )  # fmt: skip
     if not (whole and samples > 0 and np.isfinite(total).all() and np.isfinite(triangle).all()):
         raise InputError(f"{path}: holds no moments; `musplit stem stats` writes them")
