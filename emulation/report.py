@@ -176,8 +176,9 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
     """The result, with the control beside it, and where everything lies."""
     table = Table(title=f"{summary['data']}, {summary['model']} cut after {summary['cut']}")
     table.add_column("")
-    table.add_column("both halves learn", justify="right")
-    table.add_column("frozen client", justify="right")
+    learning = "both halves learn" if summary["parameters_client"] else "frozen client"
+    table.add_column(learning, justify="right")
+    table.add_column("control: frozen client", justify="right")
     rows = (
         (
             "test accuracy",

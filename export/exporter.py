@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.cuts import Half, Halves, cut_traced
+from export.cuts import Half, Halves
 from export.errors import ModelError, ParityError
 from export.graph import (
     OPSET,
@@ -24,6 +24,7 @@ from export.graph import (
 )
 from export.inputs import Declared, SampleArray, draw, input_specs
 from export.models import BuiltModel, build_model
+from export.perturb import cut_and_choose
 from export.server_half import (
     MODEL_FILE,
     ServerManifest,
@@ -31,7 +32,7 @@ from export.server_half import (
     write_server_half,
 )
 from export.start_weights import load_start_weights
-from export.tracing import index_limits, plain_attention, trace
+from export.tracing import index_limits, plain_attention
 from wire_protocol.manifest import (
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -72,16 +73,17 @@ def export_model(
     input_shape: Declared = None,
     arrays: Sequence[SampleArray] = (),
     weights: Path | None = None,
+    perturb: Sequence[str] = (),
 ) -> Export:
     """Write OUT/client and OUT/server. Raises ModelError, CutError or ParityError.
 
     `input_shape` is what the user says of the inputs, `arrays` what the data holds; see
-    export/inputs.py. `weights` is a safetensors file to start from.
+    export/inputs.py. `weights` is a safetensors file to start from, `perturb` what the device
+    trains of its half (export/perturb.py).
     """
     model = build_model(name, seed, input_shape, arrays)
     start = load_start_weights(model, weights) if weights is not None else ""
-    traced = trace(model)
-    halves = cut_traced(traced, cut)
+    traced, halves = cut_and_choose(model, cut, perturb, seed)
     inputs = input_specs(model.inputs, arrays, index_limits(traced))
     _prove(model, halves, inputs, seed)
     graph = export_graph(halves.client, inputs)
@@ -99,12 +101,12 @@ def export_model(
         format="musplit-server-half/1", model=name, cut=cut, seed=seed, inputs=list(model.inputs),
         parameters=_parameter_count(server_tensors), weights=_blob(server_weights),
         model_file_sha256=sha256(model.source) if model.source is not None else "",
-        start_weights_sha256=start,
+        start_weights_sha256=start, perturb=list(perturb),
     )  # fmt: skip
     write_server_half(server, server_manifest, server_weights, model.source)
     return Export(
         client, server, sha256(data), manifest, server_manifest.parameters, halves,
-        frozen_notes(model.module),
+        [*frozen_notes(model.module), *_choice_notes(manifest)],
     )  # fmt: skip
 
 
@@ -114,7 +116,9 @@ def load_halves(folder: Path) -> Halves:
     Raises HalfError, ModelError or CutError.
     """
     manifest, _ = read_server_half(folder)
-    halves = cut_traced(trace(load_model(folder)), manifest.cut)
+    _, halves = cut_and_choose(
+        load_model(folder), manifest.cut, manifest.perturb, manifest.seed
+    )  # fmt: skip
     if sum(p.numel() for p in halves.server.module.parameters()) != manifest.parameters:
         raise ModelError(f"{folder}: the model has another number of parameters than was exported")
     fill_half(halves.server, (folder / WEIGHTS_FILE).read_bytes())
@@ -151,6 +155,23 @@ def frozen_notes(module: nn.Module) -> list[str]:
     if dropouts:
         notes.append(f"{dropouts} dropout layers: off in both halves")
     return notes
+
+
+def _choice_notes(manifest: Manifest) -> list[str]:
+    """What `perturb` leaves out, if anything."""
+    if not manifest.frozen:
+        return []
+    if not manifest.parameters:
+        return [f"frozen client: the device trains none of its {manifest.frozen} parameters"]
+    trained, frozen = manifest.parameters, manifest.frozen
+    return [f"the device trains {trained} parameters of its half, {frozen} are frozen"]
+
+
+def _frozen(model: BuiltModel, tensors: list[TensorSpec]) -> int:
+    """Elements of the model's parameters that lie among the client's constants."""
+    trained = {name for name, _ in model.module.named_parameters()}
+    frozen = (t for t in tensors if t.kind == "buffer" and t.name in trained)
+    return sum(t.size_bytes // 4 for t in frozen)
 
 
 def fill_half(half: Half, weights: bytes) -> None:
@@ -200,6 +221,7 @@ def _client_manifest(
         activation=ActivationSpec(OUTPUT_NAME, list(halves.activation_shape), "float32"),
         parity_max_relative_error=parity,
         versions={name: version(name) for name in ("musplit", "torch", "onnx", "onnxruntime")},
+        frozen=_frozen(model, tensors),
     )
 
 

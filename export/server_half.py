@@ -45,6 +45,7 @@ class ServerManifest(Struct, frozen=True, forbid_unknown_fields=True):
     weights: Blob
     model_file_sha256: str  # "" for a model of the zoo
     start_weights_sha256: str  # of the safetensors file that was started from; "" without one
+    perturb: list[str] = []  # what the device perturbs (export/perturb.py); empty: everything
 
 
 def write_server_half(

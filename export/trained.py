@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
+from export.adapters import merge_adapters
 from export.client_half import ClientHalf
 from export.cuts import Half, Halves
 from export.errors import HalfError, ParityError
@@ -127,8 +128,9 @@ def _whole(server: Path, halves: Halves) -> nn.Module:
     with torch.no_grad():
         for half in halves.client, halves.server:
             for name, tensor in _named(half).items():
-                if name in own:  # a constant of the forward has no name in the model
+                if name in own:  # adapters and constants of the forward have no name in the model
                     own[name].copy_(tensor)
+            merge_adapters(own, _named(half))
     return module
 
 

@@ -7,10 +7,11 @@ resnet18           ResNet-18 (arXiv 1512.03385) with a 3x3 stem and GroupNorm
 resnet18-bn        the same with BatchNorm, whose statistics are frozen
 mobilenetv2        MobileNetV2 (arXiv 1801.04381) for small images, with GroupNorm
 mobilenetv2-bn     the same with frozen BatchNorm
+stem:256           patches, whitening to so many features, linear head (export/stem.py)
 
-All but mlp take options after colons, in any order: a number is the classes (10), cN the channels
-of the image (3; lenet 1), wN the width of the first layer (alexnet and mobilenetv2 32, resnet18
-64; the others follow in proportion): alexnet:100, resnet18:10:c1:w16.
+All but mlp and stem take options after colons, in any order: a number is the classes (10), cN the
+channels of the image (3; lenet 1), wN the width of the first layer (alexnet and mobilenetv2 32,
+resnet18 64; the others follow in proportion): alexnet:100, resnet18:10:c1:w16.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from typing import Final, NamedTuple
 from torch import Tensor, nn
 
 from export.errors import ModelError
+from export.stem import build_stem
 
-NAMES: Final = "mlp:64-32-32-10, lenet, alexnet, resnet18, resnet18-bn, mobilenetv2, mobilenetv2-bn"
+NAMES: Final = (
+    "mlp:64-32-32-10, lenet, alexnet, resnet18, resnet18-bn, mobilenetv2, mobilenetv2-bn, stem:256"
+)
 _SIDE: Final = 32
 # Width of a group of GroupNorm; narrow layers make one group of all their channels.
 _GROUP: Final = 8
@@ -61,6 +65,9 @@ def build_zoo(name: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
     if kind == "alexnet":
         options = _options(name, argument, channels=3, width=32)
         return _alexnet(options), _image(name, options, sample)
+    if kind == "stem":
+        image = _stem_image(name, sample)
+        return build_stem(name, image), image
     makers = {"resnet18": _resnet18, "mobilenetv2": _mobilenetv2}
     maker = makers.get(kind.removesuffix("-bn"))
     if maker is None:
@@ -96,6 +103,17 @@ def _image(name: str, options: Options, sample: Shape | None) -> Shape:
             f"model {name!r} takes {options.channels} channels, a sample of the data has shape "
             f"{sample}, channels first: use {name.partition(':')[0]}:{options.classes}:c{shape[0]}"
         )
+    return shape
+
+
+def _stem_image(name: str, sample: Shape | None) -> tuple[int, int, int]:
+    """(channels, height, width) as the data has it, 1x28x28 without data; 64 numbers are 1x8x8."""
+    shape = sample or (1, 28, 28)
+    if len(shape) == 1 and math.isqrt(shape[0]) ** 2 == shape[0]:
+        shape = (math.isqrt(shape[0]),) * 2
+    shape = (1, *shape) if len(shape) == 2 else shape
+    if len(shape) != 3:
+        raise ModelError(f"model {name!r} takes images, a sample of the data has shape {sample}")
     return shape
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from musplit.stem import stem
 from musplit.support import (
     PACKET_BYTES,
     SECONDS,
@@ -24,6 +25,7 @@ from musplit.support import (
     say,
     set_option,
 )
+from musplit.warmup import warmup
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _SEED = click.IntRange(0, (1 << 63) - 1)
@@ -59,18 +61,21 @@ def main() -> None:
 @click.option("--input-shape", "shapes", multiple=True, metavar="[int:]N,N,..", help=_SHAPE_HELP)
 @click.option("--weights", type=click.Path(path_type=Path),
               help="A safetensors file with the weights to start from.")  # fmt: skip
+@click.option("--perturb", multiple=True, metavar="WHAT",
+              help="What the device trains: tensor names, norms, adapters:R, or none; repeatable.  "
+              "[default: everything]")  # fmt: skip
 @format_option
 def export(
     model: str | None, run: Path | None, cut: str | None, list_cuts: bool, out: Path | None,
-    seed: int, shapes: tuple[str, ...], weights: Path | None, output: str,
+    seed: int, shapes: tuple[str, ...], weights: Path | None, perturb: tuple[str, ...], output: str,
 ) -> None:  # fmt: skip
     """Cut a model in two: OUT/client for the devices, OUT/server, which never leaves the server.
 
     MODEL is one of mlp:64-32-32-10, lenet, alexnet, resnet18, resnet18-bn, mobilenetv2,
-    mobilenetv2-bn, or path/to/file.py:factory, a function or class that gives an nn.Module.
-    All but mlp take options in any order: a number is the classes, cN the channels, wN the
-    width: resnet18:100, alexnet:10:c1:w8. Every export is proved against torch with perturbed
-    weights.
+    mobilenetv2-bn, stem:256, or path/to/file.py:factory, a function or class that gives an
+    nn.Module. All but mlp and stem take options in any order: a number is the classes, cN the
+    channels, wN the width: resnet18:100, alexnet:10:c1:w8. Every export is proved against torch
+    with perturbed weights.
 
     \b
     musplit export resnet18 --list-cuts
@@ -100,12 +105,15 @@ def export(
         from export.exporter import export_model
 
         with redirect_stdout(sys.stderr):  # the user's model may print
-            result = export_model(model, cut, out, seed=seed, input_shape=shapes, weights=weights)
+            result = export_model(
+                model, cut, out, seed=seed, input_shape=shapes, weights=weights, perturb=perturb
+            )
         facts: dict[str, Any] = {
             "client": str(result.client),
             "server": str(result.server),
             "digest": result.digest,
             "parameters_client": result.manifest.parameters,
+            "frozen_client": result.manifest.frozen,
             "parameters_server": result.server_parameters,
             "activation_shape": result.manifest.activation.shape,
             "parity_max_relative_error": result.manifest.parity_max_relative_error,
@@ -468,6 +476,10 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
             print(f"note: {note}")
     whole = result.server_rounds == result.rounds
     sys.exit(1 if result.matches is False or not whole else 0)
+
+
+main.add_command(stem)
+main.add_command(warmup)
 
 
 def _default_config() -> Path:

@@ -35,7 +35,7 @@ RULES: Final = {
     "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime", "safetensors"}),
     "server_node": Room(
         {"wire_protocol", "export"},
-        {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL"},
+        {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL", "safetensors"},
     ),
     "emulation": Room(
         {"wire_protocol", "edge_client", "export", "server_node"}, {"numpy", "amqtt", "rich"}
@@ -73,7 +73,10 @@ def command_faults() -> Iterator[str]:
         if section is None:
             yield f"docs/commands.md: has no section '## musplit {name}'"
             continue
-        for option in (p for p in command.params if isinstance(p, click.Option)):
+        within = command.commands if isinstance(command, click.Group) else {}
+        for option in (
+            p for c in (command, *within.values()) for p in c.params if isinstance(p, click.Option)
+        ):
             if not option.help:
                 yield f"musplit {name} {option.opts[0]}: has no help"
             if option.opts[0] not in section[1]:

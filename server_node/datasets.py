@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,10 +20,13 @@ from server_node.samples import (
     Draw,
     check_dataset,
     hold_out,
+    lend,
     seeded_order,
+    withhold,
 )
 from server_node.sections import DataSection
 from server_node.sensor_csv import read_sensor_csv
+from server_node.shift import shift
 from wire_protocol.errors import InputError
 from wire_protocol.npz import input_arrays, parse_npz
 
@@ -30,7 +34,22 @@ _NPZ_ARRAYS: Final = ("x_train", "y_train", "x_test", "y_test")
 
 
 def load_dataset(section: DataSection) -> Dataset:
-    """Load what `section` names, its hold-out applied; raw samples. Raises DataError."""
+    """Load what `section` names: hold-out, public samples and shift applied; raw samples.
+
+    Raises DataError.
+    """
+    data = _load(section)
+    if section.holdout:
+        data = hold_out(data, section.holdout)
+    if section.public_source:
+        other = msgspec.structs.replace(section, source=section.public_source)
+        data = lend(data, _load(other), section.public)
+    elif section.public:
+        data = withhold(data, section.public)
+    return shift(data, section) if section.shift != "none" else data
+
+
+def _load(section: DataSection) -> Dataset:
     path = Path(section.source)
     if section.source == "digits":
         dataset = _digits()
@@ -48,7 +67,7 @@ def load_dataset(section: DataSection) -> Dataset:
             ".csv of sensor readings"
         )
     check_dataset(dataset)
-    return hold_out(dataset, section.holdout) if section.holdout else dataset
+    return dataset
 
 
 def _digits() -> Dataset:

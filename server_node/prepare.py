@@ -24,7 +24,6 @@ from export.exporter import (
     fill_half,
     load_halves,
 )
-from export.inputs import SampleArray
 from export.server_half import read_server_half
 from server_node.actions import Work
 from server_node.config import Config, to_toml
@@ -40,7 +39,7 @@ from server_node.optimisers import OptimiserRule, check_optimiser
 from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
 from server_node.samples import Dataset
-from server_node.transform import check_fit, declare, explained
+from server_node.transform import Declared, check_fit, explained, sample_arrays
 
 
 class Experiment(NamedTuple):
@@ -55,6 +54,13 @@ class Experiment(NamedTuple):
     client: ClientHalf
     class_names: tuple[str, ...]  # by class number; empty: the data has only numbers
     data_notes: tuple[str, ...]  # what was made of the data's source
+
+    @property
+    def no_control(self) -> str:
+        """Why no frozen-client control is run; empty when one is."""
+        if not self.exported.manifest.parameters:
+            return "the device trains nothing (model.perturb): this run is the frozen client"
+        return "" if self.config.evaluation.control else "evaluation.control is off"
 
 
 def prepare(
@@ -164,18 +170,16 @@ def _server_half(config: Config, halves: Halves, weights: NDArray[np.float32]) -
 
 def _export(config: Config, data: Dataset, folder: Path) -> Export:
     """Export the model for the data; prove that its server half can compute in batches."""
-    declared = declare(config.data, data.x_train, ["float32"] * len(data.x_train))
-    arrays = [
-        SampleArray(have.raw_shape, x.dtype.kind in "bui", have.transform)
-        for x, have in zip(data.x_train, declared, strict=True)
-    ]
-    with explained(config, declared[0]):
+    arrays = sample_arrays(config.data, data)
+    first = Declared(arrays[0].raw_shape, arrays[0].shape, arrays[0].transform)
+    with explained(config, first):
         exported = export_model(
             config.model.name, config.model.cut, folder, seed=config.run.seed,
             input_shape=config.model.input_shape, arrays=arrays,
             weights=Path(config.model.weights) if config.model.weights else None,
+            perturb=config.model.perturb,
         )  # fmt: skip
-    check_fit(config, declared[0], exported.manifest.inputs[0].shape)
+    check_fit(config, first, exported.manifest.inputs[0].shape)
     if config.server.replicas > 1:
         _, server_weights = read_server_half(exported.server)
         shape = (config.devices.batch, *exported.manifest.activation.shape)

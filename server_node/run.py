@@ -199,7 +199,8 @@ class Run:
     @property
     def directions(self) -> int:
         """K that devices are asked for; a frozen client half needs none."""
-        return self.config.method.directions_client if self.config.method.eta_c else 0
+        frozen = not self.config.method.eta_c or not self._manifest.parameters
+        return 0 if frozen else self.config.method.directions_client
 
     @property
     def compressed_max_bytes(self) -> int:
@@ -240,7 +241,8 @@ class Run:
 
     def _send_missing(self, device: int, next_round: int) -> None:
         known = next_round <= len(self._commits)
-        if not known or sum(self._commit_bytes[next_round:]) > self.client_state.nbytes:
+        # Of weights that are none (model.perturb "none") there is no snapshot.
+        if not known or 0 < self.client_state.nbytes < sum(self._commit_bytes[next_round:]):
             digest = self._outbox.offer_blob(self.client_state.astype("<f4").tobytes())
             size_bytes = self.client_state.nbytes
             self._outbox.send(

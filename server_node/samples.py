@@ -28,6 +28,9 @@ class Dataset(NamedTuple):
     y_test: NDArray[np.int64]
     class_names: tuple[str, ...] = ()  # by class number; empty: the source has only numbers
     notes: tuple[str, ...] = ()  # what was made of the source, for people
+    # Samples that the server may know: withheld from all devices, shaped like x_train; or none.
+    x_public: tuple[NDArray[np.generic], ...] = ()
+    y_public: NDArray[np.int64] = np.empty(0, np.int64)
 
 
 class Draw(IntEnum):
@@ -37,6 +40,7 @@ class Draw(IntEnum):
     HOLDOUT = 1
     IMAGES = 2
     RECORDINGS = 3
+    PUBLIC = 4
 
 
 def seeded_order(draw: Draw, count: int, part: int = 0) -> NDArray[np.int64]:
@@ -74,6 +78,40 @@ def hold_out(data: Dataset, holdout: float) -> Dataset:
         x_train=[x[train] for x in xs], y_train=y[train],
         x_test=[x[test] for x in xs], y_test=y[test],
         notes=(*data.notes, f"held out: {held} of {len(order)} training samples are the test set"),
+    )  # fmt: skip
+
+
+def withhold(data: Dataset, count: int) -> Dataset:
+    """The same with `count` training samples public, which no device gets. Raises DataError."""
+    samples = len(data.y_train)
+    if count >= samples:
+        raise DataError(f"{data.name}: data.public {count} leaves none of {samples} samples")
+    order = seeded_order(Draw.PUBLIC, samples)
+    public, private = order[:count], order[count:]
+    xs, y = data.x_train, data.y_train
+    note = f"public: {count} of {samples} training samples, withheld from all devices"
+    return data._replace(
+        x_train=[x[private] for x in xs], y_train=y[private],
+        x_public=tuple(x[public] for x in xs), y_public=y[public], notes=(*data.notes, note),
+    )  # fmt: skip
+
+
+def lend(data: Dataset, other: Dataset, count: int) -> Dataset:
+    """The same with `count` training samples of `other` as the public ones; 0: all of them.
+
+    Raises DataError when they are shaped differently.
+    """
+    shapes = [[x.shape[1:] for x in xs] for xs in (data.x_train, other.x_train)]
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"data.public_source: samples of {other.name} have shapes {shapes[1]}, those of "
+            f"{data.name} {shapes[0]}"
+        )
+    order = seeded_order(Draw.PUBLIC, len(other.y_train))[: count or None]
+    note = f"public: {len(order)} samples of {other.name}"
+    return data._replace(
+        x_public=tuple(x[order] for x in other.x_train), y_public=other.y_train[order],
+        notes=(*data.notes, note),
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class ModelSection(Section, frozen=True):
     # One shape, or one text per input: "1,28,28", "int:64" (export/inputs.py).
     input_shape: Annotated[list[AtLeast1 | str], Meta(max_length=8)] = []
     weights: str = ""
-    # What the device perturbs of its half: "norms", "adapters:R" or names; empty: everything.
+    # What the device perturbs: names, "norms", "adapters:R", or "none"; empty: everything.
     perturb: Annotated[list[str], Meta(max_length=256)] = []
 
 
@@ -58,6 +58,11 @@ class DataSection(Section, frozen=True):
     standardise: Literal["none", "global", "feature"] = "global"
     alpha: NotNegative = 0.0
     holdout: Fraction = 0.0
+    # Training samples that the server may know; from another source, if that is named.
+    public: Count = 0
+    public_source: str = ""
+    # What the devices' and the test samples have gone through; public samples have not.
+    shift: Literal["none", "rotate90", "invert", "gain"] = "none"
     window: Count = 0
     stride: Count = 0
     label: str = "label"

@@ -101,7 +101,7 @@ def resume(folder: Path, address: Address, *, connect_s: float, notify: Notify) 
         experiment = prepare(config, folder, past)
         main = _rebuild(experiment, past, notify)
         progress = _Progress(main, None)
-        if config.evaluation.control:
+        if not experiment.no_control:
             past = _take_up(folder / CONTROL_FOLDER)
             progress = progress._replace(control=_rebuild(experiment, past, notify))
         return _serve(experiment, progress, address, connect_s, notify)
@@ -152,7 +152,7 @@ def _serve(
          "parameters_server": experiment.exported.server_parameters,
          "data_notes": experiment.data_notes, "notes": experiment.exported.notes}
     )  # fmt: skip
-    planned = config.evaluation.control
+    planned = not experiment.no_control
     if progress.main_done and (progress.control_done or not planned):
         summary = _finished_summary(experiment, progress)
         notify({"event": "summary", **summary})
@@ -178,7 +178,7 @@ def _serve(
             node.gather()
             main = _run(node, progress.main, frozen=False, final=not planned)
         diverged = main.detail if main.outcome == Outcome.DIVERGED.value else ""
-        reason = _UNFINISHED if planned else "evaluation.control is off"
+        reason = _UNFINISHED if planned else experiment.no_control
         summary = _sum_up(experiment, main, "the run diverged" if diverged else reason, link)
         if planned and not diverged:  # whatever becomes of it, the run above is on disk
             summary = _sum_up(experiment, main, _control(node, progress.control), link)
@@ -202,7 +202,7 @@ def device_command(config: Config, address: Address) -> str:
 def _finished_summary(experiment: Experiment, progress: _Progress) -> dict[str, Any]:
     """The summary of an experiment that is over: as written, or made again where it is missing."""
     assert progress.main is not None
-    control: RunResult | str = "evaluation.control is off"
+    control: RunResult | str = experiment.no_control
     summary = read_summary(experiment.folder)
     if summary is not None and not (
         progress.control and summary.get("outcome_frozen_client") is None

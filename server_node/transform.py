@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.errors import ModelError
+from export.inputs import SampleArray
 from server_node.config import Config
 from server_node.errors import ConfigError, DataError
+from server_node.samples import Dataset
 from server_node.sections import DataSection
 from wire_protocol.manifest import InputSpec, Transform, prepare_input, same_shape
 from wire_protocol.messages import MAX_MANIFEST_BYTES
@@ -54,6 +56,19 @@ def declare(
     sections = [section, *[plain] * (len(xs) - 1)]
     inputs = zip(sections, xs, dtypes, strict=True)
     return [_declare(own, x, dtype) for own, x, dtype in inputs]
+
+
+def sample_arrays(section: DataSection, data: Dataset) -> list[SampleArray]:
+    """What an export must know of the data. Statistics are those of the public samples, if any.
+
+    Raises ConfigError naming the field, DataError.
+    """
+    known = data.x_public or data.x_train
+    declared = declare(section, known, ["float32"] * len(known))
+    return [
+        SampleArray(have.raw_shape, x.dtype.kind in "bui", have.transform)
+        for x, have in zip(known, declared, strict=True)
+    ]
 
 
 def _declare(section: DataSection, x: NDArray[np.generic], dtype: str) -> Declared:

@@ -104,6 +104,7 @@ class Manifest(_Strict, frozen=True):
     activation: ActivationSpec
     parity_max_relative_error: float
     versions: dict[str, str]
+    frozen: Count = 0  # float32 elements that the model trains, and the device does not
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
