@@ -1,0 +1,1 @@
+"""Studies: matrices of arms, settings and seeds, their baselines, tables and plots."""
