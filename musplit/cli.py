@@ -469,7 +469,7 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
 @main.command()
 @click.argument("name", required=False, metavar="NAME|FILE")
 @click.option("--data", default="", metavar="DIR",
-              help="Stands for {data} in the study's data.source, or is the data.source.")  # fmt: skip
+              help="Stands for {data} in the study's data.source, or is that itself.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path),
               help="Study folder; a study that was cut goes on in it.  [default: runs/study-NAME]"
               )  # fmt: skip
@@ -501,7 +501,7 @@ def study(
     same command goes on after Ctrl-C or a crash. --set changes [base], which settings and arms
     still override. Exit code 1 when a run failed; the others are there.
 
-    
+    \b
     musplit study --list
     musplit study noniid --data fashion/ --dry-run
     musplit study noniid --data fashion/ --jobs 4

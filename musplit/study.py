@@ -57,7 +57,7 @@ def describe(matrix: Matrix) -> list[str]:
     lines = []
     for setting in matrix.settings:
         lines += [f"{setting.name}:"]
-        for row in matrix.rows:
+        for row in matrix.rows_under(setting):
             how = f"{len(row.trials)} trials, then " if row.trials else ""
             lines.append(f"  {row.name} ({row.kind}): {how}{matrix.seeds} seeds")
     spent = budget(matrix)

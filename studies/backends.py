@@ -1,4 +1,4 @@
-"""How a run of a study is computed: our method in this process, a baseline by its name."""
+"""How a run of a study is computed: our method on the virtual clock, a baseline by its name."""
 
 from __future__ import annotations
 
@@ -6,70 +6,85 @@ import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import numpy as np
 
-from emulation.inprocess import InProcessFleet
+from emulation.fit import fit_timings
+from emulation.simulate import Simulation, make_delays
+from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.datasets import load_dataset
 from server_node.prepare import prepare
-from server_node.recorder import read_rounds
 from studies.cells import Point, Result, Spec, finite
 from studies.definition import BASELINE
 from studies.errors import CellError
+from wire_protocol.client_optimiser import ClientRule, ClientState
+from wire_protocol.manifest import sha256
 
 
 def compute(spec: Spec) -> Result:
     """Run it. Raises MusplitError."""
     begin_s = time.monotonic()
-    result = _baseline(spec) if spec.kind.startswith(BASELINE) else _musplit(spec.config)
+    with tempfile.TemporaryDirectory(prefix="musplit-study-") as folder:
+        baseline = spec.kind.startswith(BASELINE)
+        result = _baseline(spec, Path(folder)) if baseline else _musplit(spec.config, Path(folder))
     return msgspec.structs.replace(result, seconds=round(time.monotonic() - begin_s, 3))
 
 
-def _musplit(config: Config) -> Result:
-    """Barrier rounds as fast as they go: no simulated time, and no wire whose bytes could count."""
-    with tempfile.TemporaryDirectory(prefix="musplit-study-") as folder:
-        experiment = prepare(config, Path(folder))
-        run = InProcessFleet(experiment).run()
-        rows = list(read_rounds(Path(folder)))
-    points: list[Point] = []
-    client_rounds = steps = 0
-    for row in rows:
-        client_rounds += row.contributions
-        steps += row.server_steps or 0
-        if row.accuracy is None:
-            continue
-        points.append(
-            Point(
-                row.round + 1, None, row.accuracy, finite(row.loss), None, None,
-                float(client_rounds * (1 + 2 * run.directions)), steps,
-            )
-        )  # fmt: skip
+def _musplit(config: Config, folder: Path) -> Result:
+    """Our method, simulated: the coordinator, the device step and the bytes of the real thing."""
+    data = load_dataset(config.data)
+    simulation = Simulation(config, folder, data)
+    steps: list[int] = []
+
+    def note(event: dict[str, Any]) -> None:
+        if event["event"] == "round":
+            steps.append((steps[-1] if steps else 0) + event["server_steps"])
+
+    played = simulation.play(note)
+    outcome = played.result.outcome
+    if outcome == Outcome.STALLED.value:
+        raise CellError(f"the run stalled: {played.result.detail}; set round.deadline_s")
+    points = [
+        Point(
+            row.round + 1, row.simulated_s, row.accuracy, finite(row.loss), row.bytes_up,
+            row.bytes_down, float(row.client_forwards), done,
+        )
+        for row, done in zip(played.rows, steps, strict=True)
+        if row.accuracy is not None
+    ]  # fmt: skip
+    experiment, method = simulation.experiment, config.method
+    rule = ClientRule(method.client_optimiser, method.momentum, method.beta2)
+    initial = ClientState(rule, experiment.client.initial_parameters())
     return Result(
-        points, run.finished.outcome.value if run.finished else "interrupted", client_rounds,
-        len(load_dataset(config.data).y_train), experiment.exported.manifest.parameters,
-        experiment.exported.server_parameters,
-        not np.array_equal(run.client, experiment.client.initial_parameters()), 0.0,
+        points, outcome, played.result.contributions, len(data.y_train),
+        experiment.exported.manifest.parameters, experiment.exported.server_parameters,
+        played.result.client_sha256 != sha256(initial.state), 0.0,
     )  # fmt: skip
 
 
-def _baseline(spec: Spec) -> Result:
-    """A method of studies/baselines, by its name there."""
+def _baseline(spec: Spec, folder: Path) -> Result:
+    """A method of studies/baselines, by its name there, with the delays of the configuration."""
     try:
         baselines, harness = import_module("studies.baselines"), import_module("studies.harness")
     except ModuleNotFoundError as error:
         raise CellError(f"kind {spec.kind!r}: this installation has no baselines") from error
-    bench = harness.make_bench(spec.config)
-    name = spec.kind.removeprefix(BASELINE)
-    points = [_point(p) for p in baselines.run_baseline(name, bench, spec.options)]
+    config = spec.config
+    section = config.simulation
+    experiment = prepare(config, folder)
+    timings = fit_timings(Path(section.recorded)) if section.compute == "recorded" else None
+    delays = make_delays(experiment, timings)
+    bench = harness.Bench(harness.Setting(config, delays, section.server), experiment)
+    run = baselines.run_baseline(spec.kind.removeprefix(BASELINE), bench, spec.options)
+    points = [_point(point) for point in run]
     if not points:
         raise CellError(f"kind {spec.kind!r}: gave no point")
-    config = spec.config
     diverged = points[-1].loss is None or points[-1].round < config.run.rounds
     return Result(
         points, "diverged" if diverged else "complete", points[-1].round * config.participants,
-        len(load_dataset(config.data).y_train), None, None, None, 0.0,
+        len(load_dataset(config.data).y_train), experiment.exported.manifest.parameters,
+        experiment.exported.server_parameters, None, 0.0,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A study file: frozen structs, read from TOML, checked once. docs/studies.md explains each field."""
+"""A study file: frozen structs, read from TOML, checked once; docs/studies.md explains them."""
 
 from __future__ import annotations
 
@@ -77,20 +77,24 @@ class Arm(Table, frozen=True):
     """What is compared. `each` makes one arm of every combination of its values."""
 
     name: Name
-    kind: Annotated[str, Meta(pattern=r"^(musplit|baseline:[a-z0-9-]+)$")] = MUSPLIT
+    kind: Annotated[str, Meta(pattern=r"^(musplit|baseline:[a-z0-9_]+)$")] = MUSPLIT
     fields: Fields = field(default={}, name="set")
     each: Fields = {}
     tune: Fields = {}
     # The frozen client beside it: the same with eta_c = 0, and its own tuning.
     control: bool = False
     control_tune: Fields = {}
+    settings: list[Name] = []  # only under these; empty: under all
 
 
 class Figure(Table, frozen=True):
-    """A plot of what the arms of `each` come to against one of its fields."""
+    """A plot of what the arms of `each` come to against one of its fields.
+
+    `y` "cut": the size of the device half, with the best of each x marked.
+    """
 
     x: str
-    y: Literal["accuracy", "rounds", "seconds"]
+    y: Literal["accuracy", "rounds", "seconds", "cut"]
     series: str = ""
 
 
@@ -168,7 +172,11 @@ def _check(study: StudyFile, where: str) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise StudyError(f"{where}: {kind}: the name {twice[0]!r} stands twice")
+    known = [setting.name for setting in study.setting]
     for arm in study.arm:
+        for name in arm.settings:
+            if name not in known:
+                raise StudyError(f"{where}: arm {arm.name!r}: settings: no setting {name!r}")
         at = f"{where}: arm {arm.name!r}"
         if arm.tune and study.tuning is None:
             raise StudyError(f"{at}: tune needs a [tuning] table with the budget of all arms")

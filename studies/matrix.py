@@ -1,4 +1,4 @@
-"""The matrix of a study: every arm under every setting, as configurations; checked before any run."""
+"""The matrix of a study: every arm under every setting, checked before anything is run."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Row(NamedTuple):
     trials: tuple[Fields, ...]  # what tuning tries; empty: the arm is run as given
     control_of: str  # name of the arm beside which it stands; empty: an arm
     values: Fields  # of the arm's `each`, by field
+    settings: tuple[str, ...]  # only under these; empty: under all
 
 
 class Options(NamedTuple):
@@ -89,9 +90,13 @@ class Matrix:
             return 0
         return 1 if self.options.quick else self.study.tuning.seeds
 
+    def rows_under(self, setting: Setting) -> list[Row]:
+        """The rows that are run under a setting."""
+        return [row for row in self.rows if not row.settings or setting.name in row.settings]
+
     def spec(self, setting: Setting, row: Row, values: Fields, seed: int, *, tuning: bool) -> Spec:
         """One run. A tuning run sees the training set alone, a part of it as its test set."""
-        config = self._config(setting, row, values, tuning=tuning)
+        config = self.config(setting, row, values, tuning=tuning)
         config = msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, seed=seed))
         given = {**row.fields, **values}
         options = {k.removeprefix(_OPTION): v for k, v in given.items() if k.startswith(_OPTION)}
@@ -111,13 +116,15 @@ class Matrix:
             for key, value in values.items():
                 name = name.replace(f"{{{key}}}", str(value))
             trials = self._trials(tune, f"{at}: tune")
-            yield Row(name, arm.kind, {**fields, **values}, trials, "", values)
+            only = tuple(arm.settings)
+            yield Row(name, arm.kind, {**fields, **values}, trials, "", values, only)
             if arm.control:
                 frozen = flatten(arm.control_tune, at) or tune
                 frozen = {k: v for k, v in frozen.items() if k != "method.eta_c"}
                 trials = self._trials(frozen, f"{at}: control_tune") if tune else ()
                 still = {**fields, **values, "method.eta_c": 0.0}
-                yield Row(f"{name}, frozen client", arm.kind, still, trials, name, values)
+                name_still = f"{name}, frozen client"
+                yield Row(name_still, arm.kind, still, trials, name, values, only)
 
     def _trials(self, tune: Fields, at: str) -> tuple[Fields, ...]:
         """As many points of the grid as the budget has trials; a seeded choice when it has more."""
@@ -135,11 +142,11 @@ class Matrix:
     def _check_budget(self, setting: Setting) -> None:
         """Build every configuration once; tuned rows must be tuned over the same rounds."""
         rounds: dict[int, str] = {}
-        for row in self.rows:
-            self._config(setting, row, {}, tuning=False)
+        for row in self.rows_under(setting):
+            self.config(setting, row, {}, tuning=False)
             for values in row.trials:
-                self._config(setting, row, values, tuning=False)
-                config = self._config(setting, row, values, tuning=True)
+                self.config(setting, row, values, tuning=False)
+                config = self.config(setting, row, values, tuning=True)
                 rounds.setdefault(config.run.rounds, row.name)
         if len(rounds) > 1:
             (one, name), (other, beside) = list(rounds.items())[:2]
@@ -150,7 +157,8 @@ class Matrix:
 
     # -- configurations ----------------------------------------------------------------------
 
-    def _config(self, setting: Setting, row: Row, values: Fields, *, tuning: bool) -> Config:
+    def config(self, setting: Setting, row: Row, values: Fields, *, tuning: bool) -> Config:
+        """The configuration of a run, its seed aside. Raises StudyError."""
         key = setting.name, row.name, repr((sorted(values.items(), key=str), tuning))
         if key not in self._configs:
             self._configs[key] = self._build(setting, row, values, tuning=tuning)

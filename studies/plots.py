@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,7 +24,10 @@ Measure = Callable[[Point], float | None]
 
 
 def write_plots(folder: Path, matrix: Matrix, entries: Sequence[Entry]) -> list[Path]:
-    """Write FOLDER/curves-SETTING.png and FOLDER/figure-N-SETTING.png; axes without data are left out."""
+    """Write FOLDER/curves-SETTING.png and FOLDER/figure-N-SETTING.png.
+
+    Axes of which nothing was measured are left out.
+    """
     paths = []
     for setting in matrix.settings:
         mine = [entry for entry in entries if entry.setting is setting and entry.results]
@@ -33,7 +37,8 @@ def write_plots(folder: Path, matrix: Matrix, entries: Sequence[Entry]) -> list[
         paths.append(_curves(folder / f"curves-{name}.png", setting.name, matrix, mine))
         for number, wanted in enumerate(matrix.study.figure, 1):
             path = folder / f"figure-{number}-{name}.png"
-            paths.append(_figure(path, setting.name, wanted, matrix, mine))
+            draw = _cuts if wanted.y == "cut" else _figure
+            paths.append(draw(path, setting.name, wanted, matrix, mine))
     return paths
 
 
@@ -139,6 +144,46 @@ def _figure(
     axes.grid(alpha=0.3)
     if series:
         axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _cuts(path: Path, title: str, wanted: Wanted, matrix: Matrix, entries: Sequence[Entry]) -> Path:
+    """d_c of every pair of cut and x, the best of each x marked, the paper's two rules drawn in.
+
+    The rules are sqrt(d / tau) of the corollaries and d / sqrt(tau) of the prose (arXiv
+    2510.21155). Best: fewest rounds to the first target with all seeds, then the mean accuracy.
+    """
+    targets = matrix.study.study.targets
+    places: dict[float, list[tuple[tuple[float, float], int]]] = {}
+    parameters = 0
+    for entry in entries:
+        x = entry.row.values.get(wanted.x)
+        first = next(iter(entry.results.values()))
+        if not isinstance(x, int | float) or "model.cut" not in entry.row.values:
+            continue
+        if first.parameters_client is None or first.parameters_server is None:
+            continue
+        parameters = first.parameters_client + first.parameters_server
+        figures = list(by_seed(entry, matrix.study).values())
+        rounds = [f[f"rounds_to_{targets[0]:g}"] for f in figures] if targets else []
+        cost = math.inf if None in rounds else statistics.mean(rounds or [0])
+        accuracy = statistics.mean(f["accuracy"] or 0.0 for f in figures)
+        places.setdefault(float(x), []).append(((cost, -accuracy), first.parameters_client))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    xs = sorted(places)
+    for x in xs:
+        axes.plot([x] * len(places[x]), [d_c for _, d_c in places[x]], "o", color="lightgrey")
+    axes.plot(xs, [min(places[x])[1] for x in xs], "o-", label="best cut")
+    axes.plot(xs, [math.sqrt(parameters / x) for x in xs], "--", label="sqrt(d / tau)")
+    axes.plot(xs, [parameters / math.sqrt(x) for x in xs], ":", label="d / sqrt(tau)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel=wanted.x, ylabel="d_c", title=f"{matrix.study.study.title}: {title}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return path
 

@@ -16,9 +16,7 @@ import msgspec
 from studies.cells import Spec
 from studies.worker import Done, Task
 
-_THREADS: Final = {
-    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-}
+_THREADS: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _GRACE_S: Final = 5.0
 
 

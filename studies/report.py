@@ -43,18 +43,22 @@ def write_report(folder: Path, matrix: Matrix, entries: Sequence[Entry], text: s
 def budget(matrix: Matrix) -> dict[str, Any] | None:
     """What every tuned row may spend under every setting; None: nothing is tuned."""
     study, tuning = matrix.study, matrix.study.tuning
-    tuned = [row for row in matrix.rows if row.trials]
+    tuned = [
+        matrix.config(setting, row, row.trials[0], tuning=True)
+        for setting in matrix.settings
+        for row in matrix.rows_under(setting)
+        if row.trials
+    ]
     if tuning is None or not tuned:
         return None
-    spec = matrix.spec(matrix.settings[0], tuned[0], tuned[0].trials[0], 0, tuning=True)
+    rounds = sorted({config.run.rounds for config in tuned})
+    by = tuning.by if tuning.by == "accuracy" else f"{tuning.by} to {study.study.targets[0]:g}"
     return {
         "trials": matrix.trials,
         "seeds_per_trial": matrix.tuning_seeds,
-        "rounds_per_run": spec.config.run.rounds,
+        "rounds_per_run": rounds[0] if len(rounds) == 1 else rounds,
         "holdout": tuning.holdout,
-        "by": tuning.by
-        if tuning.by == "accuracy"
-        else f"{tuning.by} to {study.study.targets[0]:g}",
+        "by": by,
     }
 
 

@@ -143,7 +143,7 @@ class Runner:
 
 def places(matrix: Matrix) -> list[tuple[Setting, Row]]:
     """Every row under every setting."""
-    return [(setting, row) for setting in matrix.settings for row in matrix.rows]
+    return [(setting, row) for setting in matrix.settings for row in matrix.rows_under(setting)]
 
 
 def trial_jobs(matrix: Matrix) -> list[Job]:

@@ -162,7 +162,7 @@ def _gain_and_published(matrix: Matrix, entries: Sequence[Entry]) -> list[Column
 
 def _published_alone(matrix: Matrix) -> list[str]:
     """Published figures that stand beside no row of ours."""
-    rows = {(s.name, r.name) for s in matrix.settings for r in matrix.rows}
+    rows = {(s.name, r.name) for s in matrix.settings for r in matrix.rows_under(s)}
     alone = [p for p in matrix.study.published if (p.setting, p.arm) not in rows]
     if not alone:
         return []
