@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from server_node.files import replace_file
-from studies.definition import Fields, Setting
+from studies.definition import Fields, Setting, StudyFile
 from studies.figures import Spread, by_seed, control_of, gains, spread
 from studies.matrix import Matrix
 from studies.report import budget
@@ -127,7 +128,7 @@ def _columns(matrix: Matrix) -> list[Column]:
         at = f"{100 * target:g} %"
         columns += [
             Column(f"rounds to {at}", of(f"rounds_to_{target:g}", _reached)),
-            Column(f"seconds to {at}", of(f"seconds_to_{target:g}", _seconds)),
+            Column(f"seconds to {at}", partial(_seconds, study, f"seconds_to_{target:g}")),
         ]
     columns += [
         Column(f"accuracy at {s:g} s, %", of(f"accuracy_at_{s:g}_s", _percent))
@@ -198,8 +199,8 @@ def _percent(values: list[float | None]) -> str | None:
 def _gain(have: Spread | None) -> str | None:
     if have is None:
         return None
-    nothing = have.mean <= (have.std or 0.0)
-    return _spread(have, 100.0, "{:+.2f}") + (": nothing beyond the spread" if nothing else "")
+    nothing = ": nothing beyond the spread" if have.mean <= (have.std or 0.0) else ""
+    return _spread(have, 100.0, "{:+.2f}") + (": nothing" if have.mean <= 0 else nothing)
 
 
 def _spread(have: Spread, scale: float, form: str) -> str:
@@ -228,9 +229,11 @@ def _reached(values: list[int | None]) -> str | None:
     return f"{have.mean:.1f}{listed}"
 
 
-def _seconds(values: list[float | None]) -> str | None:
-    if all(value is None for value in values):
+def _seconds(study: StudyFile, name: str, entry: Entry) -> str | None:
+    figures = list(by_seed(entry, study).values())
+    if not figures or any(f["simulated_s"] is None for f in figures):
         return None
+    values = [f[name] for f in figures]
     have = spread(values)
     if have is None:
         return ", ".join("never" if value is None else f"{value:.1f}" for value in values)
