@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,12 @@ from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.datasets import load_dataset
 from server_node.prepare import prepare
+from studies.baselines import run_baseline
 from studies.cells import Point, Result, Spec, finite
 from studies.definition import BASELINE
 from studies.errors import CellError
+from studies.harness import Bench
+from studies.harness import Setting as BenchSetting
 from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.manifest import sha256
 
@@ -66,29 +68,25 @@ def _musplit(config: Config, folder: Path) -> Result:
 
 def _baseline(spec: Spec, folder: Path) -> Result:
     """A method of studies/baselines, by its name there, with the delays of the configuration."""
-    try:
-        baselines, harness = import_module("studies.baselines"), import_module("studies.harness")
-    except ModuleNotFoundError as error:
-        raise CellError(f"kind {spec.kind!r}: this installation has no baselines") from error
     config = spec.config
     section = config.simulation
     experiment = prepare(config, folder)
     timings = fit_timings(Path(section.recorded)) if section.compute == "recorded" else None
     delays = make_delays(experiment, timings)
-    bench = harness.Bench(harness.Setting(config, delays, section.server), experiment)
-    run = baselines.run_baseline(spec.kind.removeprefix(BASELINE), bench, spec.options)
-    points = [_point(point) for point in run]
-    if not points:
+    bench = Bench(BenchSetting(config, delays, section.server), experiment)
+    run = run_baseline(spec.kind.removeprefix(BASELINE), bench, spec.options)
+    if not run:
         raise CellError(f"kind {spec.kind!r}: gave no point")
+    points = [
+        Point(
+            p.round, p.simulated_s, p.accuracy, finite(p.loss), p.bytes_up, p.bytes_down,
+            p.client_forwards, p.server_steps,
+        )
+        for p in run
+    ]  # fmt: skip
     diverged = points[-1].loss is None or points[-1].round < config.run.rounds
     return Result(
-        points, "diverged" if diverged else "complete", points[-1].round * config.participants,
+        points, "diverged" if diverged else "complete", run[-1].client_batches,
         len(load_dataset(config.data).y_train), experiment.exported.manifest.parameters,
         experiment.exported.server_parameters, None, 0.0,
     )  # fmt: skip
-
-
-def _point(point: object) -> Point:
-    """A baseline's point as ours: the fields of the same names."""
-    fields = {f.name: getattr(point, f.name) for f in msgspec.structs.fields(Point)}
-    return Point(**{**fields, "loss": finite(fields["loss"])})

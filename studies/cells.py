@@ -34,7 +34,7 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True):
 
     points: list[Point]
     outcome: str  # "complete" or "diverged"
-    client_rounds: int | None
+    client_rounds: int | None  # batches of devices that something was learnt from
     train_samples: int
     parameters_client: int | None
     parameters_server: int | None

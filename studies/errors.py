@@ -1,7 +1,7 @@
 """Errors of the studies.
 
 wire_protocol.errors.InputError
-|- StudyError  a study file is wrong, or its folder is in use; names file and field
+|- StudyError  a study file, or a baseline's name or option, is wrong, or a folder is in use
 wire_protocol.errors.MusplitError
 |- CellError   one run of a study failed; the others go on
 """
@@ -12,7 +12,7 @@ from wire_protocol.errors import InputError, MusplitError
 
 
 class StudyError(InputError):
-    """A study file is wrong, or its folder is in use."""
+    """A study file, or a baseline's name or option, is wrong, or a folder is in use."""
 
 
 class CellError(MusplitError):
