@@ -16,8 +16,9 @@ import numpy as np
 from server_node.config import Config, load_config
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
+from studies.baselines import BASELINES
 from studies.cells import Spec
-from studies.definition import MUSPLIT, Arm, Fields, Setting, StudyFile, flatten
+from studies.definition import BASELINE, MUSPLIT, Arm, Fields, Setting, StudyFile, flatten
 from studies.errors import StudyError
 
 _OPTION: Final = "option."
@@ -170,6 +171,9 @@ class Matrix:
         options = [key for key in fields if key.startswith(_OPTION)]
         if options and row.kind == MUSPLIT:
             raise StudyError(f"{where}: {options[0]}: options are for baselines alone")
+        if row.kind != MUSPLIT:
+            given_options = {key.removeprefix(_OPTION): fields[key] for key in options}
+            _check_baseline(row.kind.removeprefix(BASELINE), given_options, where)
         base = flatten(self.study.base, f"{self.where}: base")
         if self.options.data and _DATA not in str(base.get(_SOURCE, "")):
             base[_SOURCE] = self.options.data
@@ -221,6 +225,15 @@ class Matrix:
                 digest.update(file.read_bytes() if file.is_file() else b"")
             self._fingerprints[key] = digest.hexdigest()
         return self._fingerprints[key]
+
+
+def _check_baseline(name: str, options: Fields, where: str) -> None:
+    if name not in BASELINES:
+        raise StudyError(f"{where}: kind: no baseline {name!r}; there are {', '.join(BASELINES)}")
+    try:
+        msgspec.convert(options, BASELINES[name].options)
+    except msgspec.ValidationError as error:
+        raise StudyError(f"{where}: option: {error}; see docs/baselines.md") from error
 
 
 def _product(choices: Mapping[str, Sequence[Any]]) -> Iterable[Fields]:

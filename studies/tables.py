@@ -122,7 +122,7 @@ def _columns(matrix: Matrix) -> list[Column]:
         Column("chosen", lambda entry: _values(entry.chosen) or None),
         Column("accuracy, %", of("accuracy", _percent)),
         Column("rounds", of("rounds", lambda v: _plain(v, "{:.0f}"))),
-        Column("data passes", of("data_passes", lambda v: _plain(v, "{:.1f}"))),
+        Column("data passes", of("data_passes", lambda v: _plain(v, "{:.2f}"))),
     ]
     for target in study.study.targets:
         at = f"{100 * target:g} %"

@@ -202,6 +202,7 @@ def test_tuning_never_sees_the_test_set(tmp_path):
         (('name = "as given"', 'name = "tuned"'), "the name 'tuned' stands twice"),
         (('name = "as given"', 'name = "as given"\nkind = "magic"'), "kind"),
         (("method.tau = 2", "option.eta = 2"), "options are for baselines alone"),
+        (('name = "as given"', 'name = "as given"\nkind = "baseline:gus"'), "no baseline 'gus'"),
         (("tau = 1,", "tau = ,"), "not TOML"),
         (("method.eta_s = [0.01, 0.02]", "run.rounds = [2, 3]"), "tuning.rounds"),
     ],
