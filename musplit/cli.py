@@ -482,6 +482,73 @@ main.add_command(stem)
 main.add_command(warmup)
 
 
+@main.command()
+@click.argument("name", required=False, metavar="NAME|FILE")
+@click.option("--data", default="", metavar="DIR",
+              help="Stands for {data} in the study's data.source, or is that itself.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Study folder; a study that was cut goes on in it.  [default: runs/study-NAME]"
+              )  # fmt: skip
+@click.option("--seeds", default=0, type=click.IntRange(0, 1000),
+              help="Test seeds 0 .. N - 1.  [default: the file's]")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1, 1024),
+              help="Runs side by side, a thread each.  [default: the processor's cores]"
+              )  # fmt: skip
+@set_option
+@click.option("--setting", "settings", multiple=True, metavar="NAME",
+              help="Only this setting; repeatable.")  # fmt: skip
+@click.option("--arm", "arms", multiple=True, metavar="NAME",
+              help="Only this arm of the file, its control included; repeatable.")  # fmt: skip
+@click.option("--quick", is_flag=True,
+              help="10 rounds, 2 trials, 1 seed: to see that everything works.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print what would be run, and run nothing.")
+@click.option("--list", "listing", is_flag=True, help="List the studies that ship with musplit.")
+@click.option("--show", is_flag=True, help="Print the study's TOML, to copy and change.")
+def study(
+    name: str | None, data: str, out: Path | None, seeds: int, jobs: int | None,
+    overrides: tuple[str, ...], settings: tuple[str, ...], arms: tuple[str, ...], quick: bool,
+    dry_run: bool, listing: bool, show: bool,
+) -> None:  # fmt: skip
+    """Run arms x settings x seeds side by side; write tables with spread, raw CSV and plots.
+
+    NAME is a study of the library, FILE a TOML file of your own: an [[arm]] is what is compared, a
+    [[setting]] under which circumstances. Arms are tuned on a part of the training set, all by the
+    same budget; the test set is only seen by the chosen values. Every finished run is a file: the
+    same command goes on after Ctrl-C or a crash. --set changes [base], which settings and arms
+    still override. Exit code 1 when a run failed; the others are there.
+
+    \b
+    musplit study --list
+    musplit study noniid --data fashion/ --dry-run
+    musplit study noniid --data fashion/ --jobs 4
+    musplit study feedback --show > mine.toml
+    musplit study mine.toml --seeds 5 --set run.rounds=100
+    """
+    with guarded():
+        if listing:
+            from musplit.study import print_library
+
+            print_library()
+            return
+        if name is None:
+            fail("study: give NAME or FILE; --list shows the names", 2)
+        if show:
+            from studies.definition import study_text
+
+            print(study_text(name)[1], end="")
+            return
+        from studies.matrix import Options
+
+        options = Options(data, overrides, seeds, quick, settings, arms)
+        from musplit.study import print_plan, run_study
+
+        if dry_run:
+            print_plan(name, options)
+            return
+        code = run_study(name, options, out, jobs)
+    sys.exit(code)
+
+
 def _default_config() -> Path:
     from importlib.resources import files
 

@@ -40,7 +40,10 @@ RULES: Final = {
     "emulation": Room(
         {"wire_protocol", "edge_client", "export", "server_node"}, {"numpy", "amqtt", "rich"}
     ),
-    "studies": Room(set(_ROOMS) - {"musplit"}, {"numpy", "msgspec", "torch"}),
+    "studies": Room(
+        {"wire_protocol", "edge_client", "export", "server_node", "emulation"},
+        {"numpy", "msgspec", "torch", "matplotlib", "rich"},
+    ),
     "musplit": Room(set(_ROOMS), {"click"}),
 }
 # Few files know MQTT, ONNX Runtime and zstd.

@@ -1,1 +1,1 @@
-"""Comparisons: baselines in the harness of the method, parameter studies."""
+"""Studies: matrices of arms, settings and seeds, their baselines, tables and plots."""
