@@ -118,8 +118,3 @@ def test_events_happen_in_order_of_time_then_of_mention() -> None:
 def test_what_makes_no_sense_is_refused(given: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         load_config(None, [given])
-
-
-def test_parallel_needs_one_replica() -> None:
-    with pytest.raises(ConfigError, match="parallel needs"):
-        tiny_config("simulation.server=parallel", "server.replicas=2")
