@@ -25,6 +25,7 @@ from server_node.sections import (
     RunSection,
     Section,
     ServerSection,
+    SimulationSection,
     WireSection,
 )
 from wire_protocol.errors import InputError
@@ -50,6 +51,7 @@ class Config(Section, frozen=True):
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()
     emulation: EmulationSection = EmulationSection()
+    simulation: SimulationSection = SimulationSection()
 
     @property
     def participants(self) -> int:
@@ -163,6 +165,12 @@ def _check(config: Config, where: str) -> None:
         ),
         "emulation.speed: has more entries than devices": len(config.emulation.speed) > count,
         "emulation.delay_s: has more entries than devices": len(config.emulation.delay_s) > count,
+        "simulation.recorded: names no run folder, which simulation.compute = recorded needs": (
+            config.simulation.compute == "recorded" and not config.simulation.recorded
+        ),
+        "simulation.flops: the first must not exceed the second": (
+            config.simulation.flops[0] > config.simulation.flops[1]
+        ),
     }
     for problem, holds in problems.items():
         if holds:

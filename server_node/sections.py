@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from wire_protocol.encodings import Compression, Encoding
 from wire_protocol.messages import ClientOptimiser, Feedback
@@ -159,3 +159,30 @@ class EmulationSection(Section, frozen=True):
     speed: list[Speed] = []
     delay_s: list[Seconds] = []
     max_packet_bytes: PacketLimit = 0
+
+
+class SimulationSection(Section, frozen=True):
+    """The virtual clock: what devices, links and server take; ignored by real and emulated runs."""
+
+    compute: Literal["none", "exponential", "uniform", "gas", "recorded"] = "none"
+    # Means of a device's whole step, cycled over the devices.
+    mean_s: Annotated[list[Seconds], Meta(min_length=1)] = field(default_factory=lambda: [1.0])
+    spread: Annotated[float, Meta(ge=0, le=1)] = 0.5  # uniform: mean_s times 1 - spread .. 1 + it
+    # gas: a device's FLOP/s, lowest and highest; its channel.
+    flops: Annotated[list[Positive], Meta(min_length=2, max_length=2)] = field(
+        default_factory=lambda: [1e9, 1e10]
+    )
+    bandwidth_hz: Positive = 1e7
+    power_w: Positive = 0.2
+    radius_km: Positive = 0.5
+    recorded: str = ""  # a run folder whose times are taken over
+    # Cycled over the devices; empty: a link takes no time but its latency.
+    up_bytes_s: list[Positive] = []
+    down_bytes_s: list[Positive] = []
+    latency_s: Seconds = 0.0
+    server: Literal["serial", "parallel"] = "serial"
+    server_step_s: Seconds = 0.0
+    server_measure_s: Seconds = 0.0  # a direction
+    # Mean spells of being there and of being away; 0: nobody leaves.
+    up_s: Seconds = 0.0
+    down_s: Seconds = 0.0
