@@ -6,6 +6,7 @@ import math
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +34,7 @@ class CutList(NamedTuple):
     """Legal cuts, and names of boundaries that are none with the reason; in order of execution."""
 
     model: str
+    flops_per_sample: int  # of the whole model
     cuts: list[CutFacts]
     illegal: list[tuple[str, str]]
 
@@ -47,11 +49,12 @@ def list_cuts(model: BuiltModel) -> CutList:
         elements = math.prod(halves.activation_shape)
         return CutFacts(
             place.name, place.names[1:], _count(halves.client), _count(halves.server),
-            halves.activation_shape, elements * _FLOAT_BYTES, _flops(model, halves.client),
+            halves.activation_shape, elements * _FLOAT_BYTES, _flops(model, halves.client.module),
         )  # fmt: skip
 
     return CutList(
         model.name,
+        _flops(model, model.module),
         [facts(place) for place in places if not place.fault],
         [(place.name, place.fault) for place in places if place.fault],
     )
@@ -83,6 +86,7 @@ def as_json(cuts: CutList) -> dict[str, Any]:
     """The list for programs."""
     return {
         "model": cuts.model,
+        "flops_per_sample": cuts.flops_per_sample,
         "cuts": [c._asdict() for c in cuts.cuts],
         "illegal": [{"name": name, "reason": why} for name, why in cuts.illegal],
     }
@@ -92,7 +96,7 @@ def _count(half: Half) -> int:
     return sum(p.numel() for p in half.module.parameters())
 
 
-def _flops(model: BuiltModel, client: Half) -> int:
+def _flops(model: BuiltModel, module: nn.Module) -> int:
     """Multiplications and additions, each counted, of matrix products and convolutions."""
     # Fused attention and recurrent kernels are not counted: their plain forms are.
     with (
@@ -102,5 +106,5 @@ def _flops(model: BuiltModel, client: Half) -> int:
         torch.backends.mkldnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
     ):
-        client.module(*example(model.inputs, 1))
+        module(*example(model.inputs, 1))
     return int(counter.get_total_flops())

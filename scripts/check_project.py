@@ -16,7 +16,9 @@ from musplit.cli import main as command_line
 from server_node.config import Config
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-_ROOMS: Final = ("wire_protocol", "edge_client", "export", "server_node", "emulation", "musplit")
+_ROOMS: Final = (
+    "wire_protocol", "edge_client", "export", "server_node", "emulation", "studies", "musplit",
+)  # fmt: skip
 
 
 class Room(NamedTuple):
@@ -37,6 +39,10 @@ RULES: Final = {
     ),
     "emulation": Room(
         {"wire_protocol", "edge_client", "export", "server_node"}, {"numpy", "amqtt", "rich"}
+    ),
+    "studies": Room(
+        {"wire_protocol", "edge_client", "export", "server_node", "emulation"},
+        {"numpy", "msgspec", "torch"},
     ),
     "musplit": Room(set(_ROOMS), {"click"}),
 }

@@ -1,0 +1,1 @@
+"""What is asked of many runs: baselines, studies, and the planner."""
