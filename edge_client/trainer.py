@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,13 @@ from wire_protocol.messages import Commit, Report, Welcome
 _NO_LABELS = np.empty(0, np.uint32)
 
 
+class Shared(NamedTuple):
+    """The client half's state and a generator, of many devices that stand at the same round."""
+
+    client: ClientState
+    generator: DirectionGenerator
+
+
 class Trainer:
     """Client half of one run. `state` is that before round `next_round`: weights and optimiser."""
 
@@ -30,15 +38,19 @@ class Trainer:
         bundle: Bundle,
         shard: Shard,
         read_clock_s: Callable[[], float],
+        shared: Shared | None = None,
     ) -> None:
+        """`shared`: what a simulated device does not have for itself."""
         self.welcome = welcome
         rule = ClientRule(welcome.optimiser, welcome.momentum, welcome.beta2)
-        self._client = ClientState(rule, bundle.initial_parameters())
+        self._client = (
+            ClientState(rule, bundle.initial_parameters()) if shared is None else shared.client
+        )
         self.next_round = 0
         self._bundle = bundle
         self._session = session
         self._shard = shard
-        self._generator = DirectionGenerator()
+        self._generator = DirectionGenerator() if shared is None else shared.generator
         self._read_clock_s = read_clock_s
         self._clock = PhaseClock(read_clock_s)
         self._measured_round: int | None = None

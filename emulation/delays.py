@@ -37,19 +37,16 @@ class Draw(IntEnum):
 class DeviceTiming(NamedTuple):
     """What a device was measured to need, in seconds."""
 
-    fixed_s: float  # a round, before its first forward
+    fixed_s: float  # from a round's opening to its first forward: links, waiting, what is added
     forward_s: float  # a forward, with its perturbation and encoding
-    replay_s: float  # a direction of a commit
 
 
 class Timings(NamedTuple):
     """What a run was measured to need; `devices` are cycled, times in seconds."""
 
     devices: list[DeviceTiming]
-    latency_s: float  # of a message, one way
     server_step_s: float
     server_measure_s: float  # a direction
-    server_round_s: float  # between a round's last measurement and its commit
 
 
 class Delays:
@@ -93,18 +90,13 @@ class Delays:
             factor = 1.0 + section.spread * (2.0 * u - 1.0)
         return mean_s * factor * forwards / self._forwards
 
-    def replay_s(self, device: int, directions: int) -> float:
-        """Applying a commit of so many directions; only measured in recorded runs, otherwise 0."""
-        timed = self._section.compute == "recorded"
-        return directions * self._timing(device).replay_s if timed else 0.0
-
     def up_s(self, device: int, size_bytes: int) -> float:
         """A message from the device to the server."""
-        return self._latency_s + self._transfer_s(device, size_bytes, self._section.up_bytes_s)
+        return self.latency_s + self._transfer_s(device, size_bytes, self._section.up_bytes_s)
 
     def down_s(self, device: int, size_bytes: int) -> float:
         """A message from the server to the device."""
-        return self._latency_s + self._transfer_s(device, size_bytes, self._section.down_bytes_s)
+        return self.latency_s + self._transfer_s(device, size_bytes, self._section.down_bytes_s)
 
     @property
     def server_step_s(self) -> float:
@@ -119,13 +111,9 @@ class Delays:
         return self._section.server_measure_s if timings is None else timings.server_measure_s
 
     @property
-    def server_round_s(self) -> float:
-        """What the server needs to close a round, beside its steps and measurements."""
-        return 0.0 if self._timings is None else self._timings.server_round_s
-
-    @property
-    def _latency_s(self) -> float:
-        return self._section.latency_s if self._timings is None else self._timings.latency_s
+    def latency_s(self) -> float:
+        """Of any message; while one is under way the link is free for the next."""
+        return self._section.latency_s
 
     def _transfer_s(self, device: int, size_bytes: int, rates: list[float]) -> float:
         if self._section.compute == "gas":

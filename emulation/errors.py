@@ -4,6 +4,7 @@ wire_protocol.errors.MusplitError
 |- FleetError        a process of the emulated fleet ended when it should not have
 wire_protocol.errors.InputError
 |- ListenError       the embedded broker may not, or cannot, listen there
+|- FitError          a run folder's times cannot be taken over
 """
 
 from __future__ import annotations
@@ -21,3 +22,7 @@ class FleetError(MusplitError):
 
 class ListenError(InputError):
     """The embedded broker may not, or cannot, listen there."""
+
+
+class FitError(InputError):
+    """A run folder's times cannot be taken over into a simulation."""

@@ -22,6 +22,7 @@ from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
+from server_node.samples import Dataset
 from wire_protocol.frames import decode_frame
 from wire_protocol.messages import Commit, DownMessage, Round
 
@@ -98,9 +99,12 @@ class InProcessFleet:
         return Trainer(welcome, paced, self._bundle, self._shards[index], time.monotonic)
 
 
-def make_shards(config: Config) -> list[Shard]:
-    """The shards that `musplit shard` would write for this configuration, in memory."""
-    data = load_dataset(config.data)
+def make_shards(config: Config, data: Dataset | None = None) -> list[Shard]:
+    """The shards that `musplit shard` would write for this configuration, in memory.
+
+    `data` is its data set, for who has loaded it already.
+    """
+    data = load_dataset(config.data) if data is None else data
     parts = partition(data.y_train, config.devices.count, config.data.alpha, config.run.seed)
     return [
         Shard(Path(f"shard {index}"), [x[part] for x in data.x_train], data.y_train[part], index)

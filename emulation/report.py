@@ -130,6 +130,8 @@ class ProgressView:
             f"accuracy {self._accuracy:.3f}  loss {self._loss:.3f}  "
             f"{(event['bytes_up'] + event['bytes_down']) / 1e6:.1f} MB  tau {event['tau']}"
         )
+        if event["simulated_s"] is not None:
+            info += f"  simulated {event['simulated_s']:.0f} s"
         self._progress.update(self._task, completed=event["round"] + 1, info=info)
         if not self._console.is_terminal and event["accuracy"] is not None:
             self._say(f"{self._phase} round {event['round'] + 1}/{self._config.run.rounds}: {info}")
@@ -191,6 +193,11 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
     )
     for row in rows:
         table.add_row(*row)
+    if "simulated_s" in summary:
+        control_s = _number(summary["simulated_s_control"])
+        table.add_row("simulated seconds", _number(summary["simulated_s"]), control_s)
+        forwards = f"{summary['client_forwards_per_client_round']:.0f}"
+        table.add_row("client forwards per client-round", forwards, "")
     console = Console(file=stream, highlight=False)
     console.print(table)
     console.print(

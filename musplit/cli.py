@@ -441,6 +441,43 @@ def plan(
 
 
 @main.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@set_option
+@click.option("--fit", type=click.Path(path_type=Path), metavar="RUN",
+              help="Take the times of devices and server from this run folder.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Run folder.  [default: runs/NAME-TIME]")  # fmt: skip
+@click.option("--require", "required", multiple=True, metavar="FIELD>=VALUE",
+              help="Fail unless the summary has it; repeatable: accuracy>=0.9")  # fmt: skip
+@format_option
+def simulate(
+    config: Path | None, overrides: tuple[str, ...], fit: Path | None, out: Path | None,
+    required: tuple[str, ...], output: str,
+) -> None:  # fmt: skip
+    """Run an experiment on a virtual clock, in one process: thousands of devices, no waiting.
+
+    CONFIG defaults to the digits experiment; its section [simulation] says what devices, links and
+    server take. With a full barrier and a fixed tau the weights are those of musplit emulate. A
+    simulation that was stopped is started anew: there is no --resume. Exit code 1 when a --require
+    does not hold.
+
+    \b
+    musplit simulate --set simulation.compute=exponential --set simulation.server_step_s=0.1
+    musplit simulate big.toml --set devices.count=1000 --set devices.participants=100
+    musplit simulate other.toml --fit runs/digits-20260101-120000
+    """
+    with guarded():
+        from musplit.simulation import run_simulation
+
+        path = config or _default_config()
+        fields = list(overrides)
+        if fit is not None:
+            fields += ["simulation.compute=recorded", f"simulation.recorded={fit}"]
+        code = run_simulation(path, fields, out or _run_folder(path), list(required), output)
+    sys.exit(code)
+
+
+@main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--halves", type=click.Path(path_type=Path),
               help="Where client/ and server/ lie.  [default: RUN, then its parent]")  # fmt: skip

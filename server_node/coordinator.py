@@ -57,6 +57,7 @@ class Coordinator:
         self._gone: set[int] = set()
         self._returned: set[int] = set()  # in the open round
         self._shares: dict[int, _Share] = {}
+        self._awaiting: set[int] = set()  # participants that have not delivered all their frames
         self._queue: deque[int] = deque()  # devices whose activation came, in that order
         self._opened_s = self._progress_s = now_s
         self._deadline_over = False
@@ -104,6 +105,7 @@ class Coordinator:
             return [Ignore(device, "duplicate")]
         share.activation = True
         self._queue.append(device)
+        self._note_delivery(device, share)
         self._progress_s = now_s
         return []
 
@@ -121,6 +123,7 @@ class Coordinator:
             return [Ignore(device, "directions out of range")]
         share.received[first_k] = count
         share.unmeasured.add(first_k)
+        self._note_delivery(device, share)
         self._progress_s = now_s
         return []
 
@@ -173,12 +176,16 @@ class Coordinator:
         them, so that the working copy is rebuilt as rarely as possible.
         """
         stepping: Work | None = None
+        while self._queue and self._over(self._queue[0]):
+            self._queue.popleft()
         for device in self._queue:
             share = self._shares[device]
             if share.dropped or share.complete:
                 continue
             if len(share.server_scalars) < self._rules.tau:
                 stepping = stepping or self._step(device, share)
+                if self._rules.replicas == 1:  # those behind it have no steps yet
+                    break
             elif share.unmeasured:
                 return Measure(device, min(share.unmeasured))
         return stepping
@@ -189,6 +196,8 @@ class Coordinator:
         A device's slot is its rank among the round's participants, modulo the replicas: it does
         not depend on who arrived when.
         """
+        if self._rules.replicas == 1:
+            return [first]
         steps = {first.slot: first}
         for device in self._queue:
             share = self._shares[device]
@@ -196,6 +205,19 @@ class Coordinator:
                 step = self._step(device, share)
                 steps.setdefault(step.slot, step)
         return list(steps.values())
+
+    def all_work(self) -> list[Work]:
+        """A piece of every device that has one: a step, or when it has all a measurement."""
+        pieces: list[Work] = []
+        for device in self._queue:
+            share = self._shares[device]
+            if share.dropped or share.complete:
+                continue
+            if len(share.server_scalars) < self._rules.tau:
+                pieces.append(self._step(device, share))
+            elif share.unmeasured:
+                pieces.append(Measure(device, min(share.unmeasured)))
+        return pieces
 
     def wake_s(self) -> float | None:
         """When `tick` must be called at the latest, or None."""
@@ -210,7 +232,7 @@ class Coordinator:
     @property
     def waiting(self) -> bool:
         """True while a participant has not delivered all its frames."""
-        return any(not self._delivered(share) for _, share in self._live())
+        return bool(self._awaiting)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -249,6 +271,7 @@ class Coordinator:
         share = self._shares.get(device)
         if share is not None and not share.complete and not share.dropped:
             share.dropped = why
+            self._awaiting.discard(device)
 
     def _close_if_complete(self, now_s: float) -> list[Action]:
         if self.finished or not self._shares or not all(s.complete for _, s in self._live()):
@@ -287,6 +310,7 @@ class Coordinator:
             self._rules.run_seed, number, self._candidates(), self._rules.participants
         )
         self._shares = {device: _Share(rank) for rank, device in enumerate(chosen)}
+        self._awaiting = set(chosen)
         return [OpenRound(number, chosen)] if chosen else []
 
     def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
@@ -305,6 +329,14 @@ class Coordinator:
 
     def _delivered(self, share: _Share) -> bool:
         return share.activation and sum(share.received.values()) == self._rules.directions
+
+    def _note_delivery(self, device: int, share: _Share) -> None:
+        if self._delivered(share):
+            self._awaiting.discard(device)
+
+    def _over(self, device: int) -> bool:
+        share = self._shares[device]
+        return share.complete or bool(share.dropped)
 
     def _deadline_passed(self, now_s: float) -> bool:
         deadline_s = self._rules.deadline_s

@@ -137,12 +137,15 @@ class JournalWriter:
     """
 
     def __init__(
-        self, path: Path, header: Header | None, *records: Record, size_bytes: int = 0
-    ) -> None:
+        self, path: Path, header: Header | None, *records: Record, size_bytes: int = 0,
+        durable: bool = True,
+    ) -> None:  # fmt: skip
         """Begin a journal; there must be none. It then holds all of `records`, or is torn.
 
         Without a header: continue one behind its first `size_bytes`; what follows is cut off.
+        Not `durable`: records go to the system, which writes them to the disk when it likes.
         """
+        self._durable = durable
         self._path, self._size_bytes = path, size_bytes
         self._file = io.FileIO(path, "r+b" if header is None else "xb")
         self._file.truncate(size_bytes)
@@ -164,7 +167,8 @@ class JournalWriter:
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._size_bytes)

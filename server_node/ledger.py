@@ -47,8 +47,9 @@ class Ledger:
     """The open files of a run folder. Times are `time.monotonic`; the trace gets Unix time."""
 
     def __init__(
-        self, folder: Path, journal: JournalWriter, past: PastMetrics, *, resume: bool
-    ) -> None:
+        self, folder: Path, journal: JournalWriter, past: PastMetrics, *, resume: bool,
+        virtual: bool = False,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.traffic = past.traffic()
         self.server_steps: int = past.total("server_steps")
@@ -58,7 +59,8 @@ class Ledger:
         self._journal = journal
         self._recorder = Recorder(folder, past)
         self._recorded = len(past.rounds)
-        self._trace = Trace(folder / TRACE_FILE, resume=resume)
+        # The trace tells of wall-clock times.
+        self._trace = None if virtual else Trace(folder / TRACE_FILE, resume=resume)
         self._unix_offset_s = time.time() - time.monotonic()
         # Epoch and round of each device's last report.
         self._reported = {r.device: (r.report.epoch, r.report.round) for r in past.reports}
@@ -67,11 +69,16 @@ class Ledger:
         self._mark = (self.server_steps, self.busy_s, self.busy_waiting_s)
 
     @classmethod
-    def begin(cls, folder: Path, header: Header, devices: list[tuple[int, str]]) -> Ledger:
-        """The ledger of a new run of these devices, given as (index, id)."""
+    def begin(
+        cls, folder: Path, header: Header, devices: list[tuple[int, str]], *, virtual: bool = False
+    ) -> Ledger:
+        """The ledger of a new run of these devices, given as (index, id).
+
+        `virtual`: its times are a virtual clock's from 0 on, nobody waits for the disk.
+        """
         joined = [DeviceJoined(index, device_id) for index, device_id in devices]
-        journal = JournalWriter(folder / JOURNAL_FILE, header, *joined)
-        return cls(folder, journal, NOTHING_RECORDED, resume=False)
+        journal = JournalWriter(folder / JOURNAL_FILE, header, *joined, durable=not virtual)
+        return cls(folder, journal, NOTHING_RECORDED, resume=False, virtual=virtual)
 
     @classmethod
     def resume(cls, past: Past, tau: int, record: Resumed) -> Ledger:
@@ -93,14 +100,16 @@ class Ledger:
         self._reported[index] = report.epoch, report.round
         self.traffic.add(index, report)
         self._recorder.device(DeviceReport(device_id, index, report))
-        self._trace.device_round(index, device_id, report)
+        if self._trace is not None:
+            self._trace.device_round(index, device_id, report)
 
     def arrived(self, device: int, frame: Frame, at_s: float) -> None:
         """A frame that fits the run came in."""
-        self._trace.instant(
-            f"{frame.kind.name.lower()} arrived", at_s + self._unix_offset_s,
-            device=device, round=frame.round, first_k=frame.first_k,
-        )  # fmt: skip
+        if self._trace is not None:
+            self._trace.instant(
+                f"{frame.kind.name.lower()} arrived", at_s + self._unix_offset_s,
+                device=device, round=frame.round, first_k=frame.first_k,
+            )  # fmt: skip
 
     def useless(self, kind: str) -> None:
         """A frame was late, a duplicate, or refused."""
@@ -115,10 +124,11 @@ class Ledger:
         for work in pieces:
             step = isinstance(work, Step)
             self.server_steps += step
-            self._trace.work(
-                "step" if step else "measure", begin_s + self._unix_offset_s, seconds,
-                round=number, **work._asdict(),
-            )  # fmt: skip
+            if self._trace is not None:
+                self._trace.work(
+                    "step" if step else "measure", begin_s + self._unix_offset_s, seconds,
+                    round=number, **work._asdict(),
+                )  # fmt: skip
 
     def committed(self, record: RoundClosed) -> None:
         """A round was closed: on the disk before anybody is told."""
@@ -156,14 +166,16 @@ class Ledger:
             server_busy_s=self.busy_s - busy_s,
             server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
             bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],
+            simulated_s=closed_s if self._trace is None else None,
         )  # fmt: skip
         self._mark = (self.server_steps, self.busy_s, self.busy_waiting_s)
         self._frames = dict.fromkeys(self._frames, 0)
-        self._trace.span(
-            SERVER_PID, ROUNDS, f"round {closed.round}", closed.opened_s + self._unix_offset_s,
-            closed_s - closed.opened_s,
-            dropped={str(device): why for device, why in closed.dropped.items()},
-        )  # fmt: skip
+        if self._trace is not None:
+            self._trace.span(
+                SERVER_PID, ROUNDS, f"round {closed.round}", closed.opened_s + self._unix_offset_s,
+                closed_s - closed.opened_s,
+                dropped={str(device): why for device, why in closed.dropped.items()},
+            )  # fmt: skip
         return self._recorder.round(metrics)
 
     def close(self, reason: str, next_round: int, client: Vector, server: Vector) -> None:
@@ -172,4 +184,5 @@ class Ledger:
         self._journal.append(Ended(reason))
         self._journal.close()
         self._recorder.close()
-        self._trace.close()
+        if self._trace is not None:
+            self._trace.close()

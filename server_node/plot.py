@@ -15,9 +15,10 @@ PLOT_FILE: Final = "accuracy.png"
 
 def plot_run(folder: Path, title: str) -> Path:
     """Write FOLDER/accuracy.png from rounds.jsonl of the run and of its control."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    simulated = any(row.simulated_s for row in read_rounds(folder))
+    figure = Figure(figsize=(15 if simulated else 10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
+    by_round, by_bytes, *by_time = figure.subplots(1, 3 if simulated else 2, sharey=True)
     for name, label, style in (
         ("", "both halves learn", "-"),
         ("control", "frozen client (eta_c = 0)", "--"),
@@ -26,10 +27,13 @@ def plot_run(folder: Path, title: str) -> Path:
         by_round.plot([row.round + 1 for row in rows], accuracy, style, label=label)
         megabytes = [((row.bytes_up or 0) + (row.bytes_down or 0)) / 1e6 for row in rows]
         by_bytes.plot(megabytes, accuracy, style)
+        for axes in by_time:
+            axes.plot([row.simulated_s or 0.0 for row in rows], accuracy, style)
+            axes.set(xlabel="simulated seconds")
     by_round.set(xlabel="rounds", ylabel="test accuracy (%)", title=title)
     by_bytes.set(xlabel="MB on the devices' TCP streams, both ways", title="bundle not counted")
     by_bytes.set_xscale("log")
-    for axes in (by_round, by_bytes):
+    for axes in (by_round, by_bytes, *by_time):
         axes.grid(alpha=0.3)
     by_round.legend(loc="lower right")
     path = folder / PLOT_FILE

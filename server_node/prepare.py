@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from export.exporter import (
 )
 from export.inputs import SampleArray
 from export.server_half import read_server_half
+from server_node.actions import Work
 from server_node.config import Config, to_toml
 from server_node.datasets import load_dataset
 from server_node.evaluation import Evaluator
@@ -54,8 +55,12 @@ class Experiment(NamedTuple):
     data_notes: tuple[str, ...]  # what was made of the data's source
 
 
-def prepare(config: Config, folder: Path, past: Past | None = None) -> Experiment:
+def prepare(
+    config: Config, folder: Path, past: Past | None = None, data: Dataset | None = None
+) -> Experiment:
     """Make the run folder: configuration as run, client and server halves. Raises InputErrors.
+
+    `data` is the configuration's data set, for who has loaded it already.
 
     A run that goes on needs the halves of its `past`: they are exported again when they are
     damaged. Raises JournalError when they, or the configuration, are not those it began with.
@@ -65,7 +70,7 @@ def prepare(config: Config, folder: Path, past: Past | None = None) -> Experimen
     if past is None:
         toml = to_toml(config).encode()
         replace_file(folder / CONFIG_FILE, lambda file: file.write(toml))
-    data = load_dataset(config.data)
+    data = load_dataset(config.data) if data is None else data
     exported = _kept_export(config, folder, past.header) if past is not None else None
     if exported is None:
         exported = _export(config, data, folder)
@@ -84,10 +89,12 @@ def open_run(
     experiment: Experiment, *, frozen: bool, devices: list[tuple[int, str]], outbox: Outbox,
     notify: Callable[[dict[str, Any]], None], history: History | None = None,
     read_clock_s: Callable[[], float] = time.monotonic,
+    spend: Callable[[Sequence[Work]], None] | None = None,
 ) -> Run:  # fmt: skip
     """Open the journal and the files of a run; `frozen` is the control with eta_c = 0.
 
-    With a `history` the run goes on in its folder, with its devices.
+    With a `history` the run goes on in its folder, with its devices. With `spend` its clock is
+    virtual (see Run).
     """
     config = control_config(experiment.config) if frozen else experiment.config
     folder = experiment.folder / CONTROL_FOLDER if frozen else experiment.folder
@@ -110,11 +117,11 @@ def open_run(
             environment=environment(), client_optimiser=config.method.client_optimiser,
             momentum=config.method.momentum, beta2=config.method.beta2,
         )  # fmt: skip
-        ledger = Ledger.begin(folder, header, devices)
+        ledger = Ledger.begin(folder, header, devices, virtual=spend is not None)
     return Run(
         config, header, experiment.exported.manifest, half, experiment.evaluator,
         experiment.client.initial_parameters(), experiment.server_weights, ledger, outbox, notify,
-        history, read_clock_s,
+        history, read_clock_s, spend,
     )  # fmt: skip
 
 

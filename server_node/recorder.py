@@ -39,6 +39,7 @@ class RoundMetrics:
     server_busy_while_waiting_s: float | None
     bytes_up: int | None  # cumulative over the run, as reported so far
     bytes_down: int | None
+    simulated_s: float | None = None  # by the virtual clock since the run began; None: a real run
 
 
 class DeviceReport(NamedTuple):
@@ -97,14 +98,11 @@ def read_metrics(folder: Path, run: int, rounds: list[RoundClosed], tau: int) ->
     found = {row.round: row for row in read_rounds(folder)}
     last = max((number for number in found if number < len(rounds)), default=-1)
     rows = [found.get(number) or unmeasured(rounds[number], tau) for number in range(last + 1)]
-    reports: list[DeviceReport] = []
-    for line in _read_rows(folder / "devices.jsonl"):
-        with contextlib.suppress(msgspec.ValidationError):
-            name = msgspec.convert(line.pop("device_id", None), str)
-            index = msgspec.convert(line.pop("device", None), int)
-            report = msgspec.convert(line, Report)
-            if report.run == run and report.round <= len(rounds):
-                reports.append(DeviceReport(name, index, report))
+    reports = [
+        row
+        for row in read_reports(folder)
+        if row.report.run == run and row.report.round <= len(rounds)
+    ]
     return PastMetrics(rows, reports)
 
 
@@ -120,6 +118,15 @@ def read_rounds(folder: Path) -> Iterator[RoundMetrics]:
     for line in _read_rows(folder / "rounds.jsonl"):
         with contextlib.suppress(msgspec.ValidationError):
             yield msgspec.convert(line, RoundMetrics)
+
+
+def read_reports(folder: Path) -> Iterator[DeviceReport]:
+    """The rows of FOLDER/devices.jsonl; what is damaged is left out."""
+    for line in _read_rows(folder / "devices.jsonl"):
+        with contextlib.suppress(msgspec.ValidationError):
+            name = msgspec.convert(line.pop("device_id", None), str)
+            index = msgspec.convert(line.pop("device", None), int)
+            yield DeviceReport(name, index, msgspec.convert(line, Report))
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -76,12 +76,16 @@ class Run:
         evaluator: Evaluator, client: Vector, server: Vector, ledger: Ledger, outbox: Outbox,
         notify: Callable[[dict[str, Any]], None], history: History | None = None,
         read_clock_s: Callable[[], float] = time.monotonic,
+        spend: Callable[[Sequence[Work]], None] | None = None,
     ) -> None:  # fmt: skip
-        """`client` (d_c,) and `server` (d_s,) are the initial weights; they are not written to."""
+        """`client` (d_c,) and `server` (d_s,) are the initial weights; they are not written to.
+
+        `spend` lets the time of a virtual clock pass that pieces of work take.
+        """
         self.config, self.header, self.ledger = config, header, ledger
         self._initial = client, server
         self._history = history
-        self._read_clock_s = read_clock_s
+        self._read_clock_s, self._spend = read_clock_s, spend
         self._client = (
             ClientState(header.client_rule, client) if history is None else history.client
         )
@@ -107,6 +111,11 @@ class Run:
     def client(self) -> Vector:
         """Weights (d_c,) of the client half."""
         return self._client.theta
+
+    @property
+    def client_half(self) -> ClientState:
+        """The client half as devices have it that applied all commits; not to be written to."""
+        return self._client
 
     @property
     def client_state(self) -> Vector:
@@ -212,13 +221,38 @@ class Run:
         if self._coordinator is not None:
             self._perform(self._coordinator.tick(self._read_clock_s()))
 
+    @property
+    def wake_s(self) -> float | None:
+        """When `tick` must be called at the latest, or None."""
+        return self._coordinator.wake_s() if self._coordinator is not None else None
+
     def idle_s(self, at_most_s: float) -> float:
         """How long nothing happens unless a message comes: until the next `tick` is due."""
-        wake_s = self._coordinator.wake_s() if self._coordinator is not None else None
+        wake_s = self.wake_s
         due_s = at_most_s if wake_s is None else wake_s - self._read_clock_s()
         return min(at_most_s, max(_MIN_IDLE_S, due_s))
 
     # -- work --------------------------------------------------------------------------------
+
+    def work_together(self) -> bool:
+        """Compute a piece of every device that has one, in the time of the longest.
+
+        For a virtual clock: as if each device had a server of its own. False when there is none.
+        """
+        coordinator = self._coordinator
+        pieces = coordinator.all_work() if coordinator is not None else []
+        if not pieces or coordinator is None or self.finished or self._spend is None:
+            return False
+        waiting, number, begin_s = coordinator.waiting, coordinator.round, self._read_clock_s()
+        self._spend(pieces)
+        seconds = self._read_clock_s() - begin_s
+        self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
+        for piece in pieces:
+            if isinstance(piece, Step):
+                self._perform(self._step([piece], coordinator))
+            else:
+                self._perform(self._measure(piece, coordinator))
+        return True
 
     def work(self) -> bool:
         """Compute one piece of work, or a batch of steps; False when there is none."""
@@ -231,9 +265,13 @@ class Run:
         pieces: Sequence[Work]
         if isinstance(work, Step):
             pieces = steps = self._coordinator.batch(work)
+            if self._spend is not None:
+                self._spend(pieces)
             actions = self._step(steps, self._coordinator)
         else:
             pieces = [work]
+            if self._spend is not None:
+                self._spend(pieces)
             actions = self._measure(work, self._coordinator)
         seconds = self._read_clock_s() - begin_s
         self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
@@ -248,7 +286,7 @@ class Run:
         ]
         rows = self._half.steps(turns)
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
-        if pad_s > 0:
+        if pad_s > 0 and self._spend is None:
             time.sleep(pad_s)
         actions: list[Action] = []
         for turn, scalars in zip(turns, rows, strict=True):

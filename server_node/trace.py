@@ -8,6 +8,7 @@ stops growing after MAX_EVENTS.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,6 +95,14 @@ class Trace:
         self._left -= 1
         self._file.write(self._separator + json.dumps(event, separators=(",", ":")))
         self._separator = ",\n"
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a trace, also of one that was cut; nothing when there is no file."""
+    for line in _whole_events(path):
+        event = json.loads(line)
+        if isinstance(event, dict):
+            yield event
 
 
 def _whole_events(path: Path) -> list[str]:

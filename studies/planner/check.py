@@ -1,17 +1,31 @@
-"""What an advice takes on the virtual clock."""
+"""What an advice takes on the virtual clock: the run itself, with its own seed's delays."""
 
 from __future__ import annotations
 
-from studies.planner.choice import Choice
-from studies.planner.cuts import CutCost
-from studies.planner.fleet import Fleet
-from studies.planner.timing import Traffic, draw_rounds, round_seconds
+from typing import NamedTuple
+
+import msgspec
+
+from emulation.simulate import simulate_curve
 from server_node.config import Config
+from server_node.samples import Dataset
+from studies.planner.learning import EVERY
 
 
-def simulated_s(
-    fleet: Fleet, config: Config, cut: CutCost, choice: Choice, sent: Traffic, rounds: int
-) -> float:
-    """Seconds of rounds 0, 1, .. with the delays that a run of this seed draws."""
-    draws = draw_rounds(fleet, config, 0, rounds)
-    return float(round_seconds(fleet, config, cut, choice, draws, sent).sum())
+class Checked(NamedTuple):
+    """A simulated run. Without the target reached, the first two are None."""
+
+    rounds: int | None
+    seconds: float | None
+    accuracy: float | None  # at its end
+
+
+def check(config: Config, data: Dataset, target: float) -> Checked:
+    """Simulate a plan's configuration on its whole training set, scored on the test set."""
+    evaluation = msgspec.structs.replace(config.evaluation, every=EVERY, control=False)
+    result, rows = simulate_curve(msgspec.structs.replace(config, evaluation=evaluation), data)
+    accuracy = result.scores.accuracy if result.scores is not None else None
+    for row in rows:
+        if row.accuracy is not None and row.accuracy >= target:
+            return Checked(row.round + 1, row.simulated_s, accuracy)
+    return Checked(None, None, accuracy)

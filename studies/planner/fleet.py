@@ -30,7 +30,8 @@ class DeviceKind(Section, frozen=True):
     down_bytes_s: Positive
     count: AtLeast1 = 1
     flops_per_s: NotNegative = 0.0
-    forward_s: dict[str, Seconds] = {}  # cut -> seconds of a forward of one batch, measured
+    # cut -> seconds of a forward of one batch, measured
+    forward_s: dict[str, Seconds] = field(default_factory=dict)
 
 
 class Delays(Section, frozen=True):
@@ -54,7 +55,7 @@ class Server(Section, frozen=True):
 class Search(Section, frozen=True):
     """What may be chosen. Without cuts: all legal ones."""
 
-    cuts: list[str] = []
+    cuts: list[str] = field(default_factory=list)
     tau: Sizes = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     directions_client: Sizes = field(default_factory=lambda: [1, 4, 8, 16, 32])
     directions_server: Sizes = field(default_factory=lambda: [1])

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from emulation.inprocess import InProcessFleet
+from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.files import replace_file
 from server_node.prepare import prepare
@@ -117,11 +118,13 @@ def _measure(config: Config, target: float, limit: int) -> Measured:
     with tempfile.TemporaryDirectory(prefix="musplit-plan-") as folder:
         run = InProcessFleet(prepare(config, Path(folder))).run(enough=enough)
         rows = list(read_rounds(Path(folder)))
-    ended = run.finished.outcome.value if run.finished is not None else "stopped"
+    ended: Literal["complete", "stopped", "diverged"] = "stopped"
+    if run.finished is not None:
+        ended = "complete" if run.finished.outcome is Outcome.COMPLETE else "diverged"
     return Measured(
         {"cut": config.model.cut, **msgspec.to_builtins(config.method)}, run.rounds_closed,
         [row.accuracy for row in rows if row.accuracy is not None],
-        "diverged" if ended not in {"complete", "stopped"} else ended,
+        ended,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import msgspec
 from server_node.config import Config, load_config
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
-from studies.planner.check import simulated_s
+from studies.planner.check import Checked, check
 from studies.planner.choice import Choice, Probe
 from studies.planner.cuts import model_cuts
 from studies.planner.errors import NoPlanError
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     candidates: list[Candidate]
     reasons: list[str]
     excluded: list[str]
-    simulated_s: float
+    checked: Checked
     found: list[Found]
     runs_made: int
     config: Config  # the advice's, with the fleet as [simulation]
@@ -110,13 +110,10 @@ def plan(
         )
     best = candidates[0]
     config = planned_config(options, best.choice)
-    check_s = simulated_s(
-        fleet, base, options.cuts[best.choice.probe.cut], best.choice,
-        options.sent(best.choice), best.rounds,
-    )  # fmt: skip
-    said = reasons(options, best.choice, [(c.choice, c.rounds) for c in candidates])
+    checked = check(config, data, target)
+    said = reasons(options, best.choice, found)
     return Plan(
-        target, candidates[:_SHOWN], said, excluded, check_s, found, learned.made, config
+        target, candidates[:_SHOWN], said, excluded, checked, found, learned.made, config
     )  # fmt: skip
 
 

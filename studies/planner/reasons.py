@@ -8,21 +8,20 @@ from typing import Final
 
 from studies.planner.choice import Choice, Probe
 from studies.planner.options import Excluded, Options
+from studies.planner.search import Found
 
 # Slowest over median device from which a tau of its own pays for each.
 _UNEVEN: Final = 2.0
 
-Rounds = list[tuple[Choice, int]]
 
-
-def reasons(options: Options, best: Choice, measured: Rounds) -> list[str]:
+def reasons(options: Options, best: Choice, found: list[Found]) -> list[str]:
     """Sentences on cut, tau, K, encoding, what is perturbed, and uneven devices."""
     return [
         _where_time_goes(options, best),
-        *_other(options, best, measured, "cut", lambda probe: probe.cut),
-        *_other(options, best, measured, "tau", lambda probe: probe.tau),
-        *_other(options, best, measured, "K", lambda probe: probe.directions_client),
-        *_other(options, best, measured, "K_s", lambda probe: probe.directions_server),
+        *_other(options, best, found, "cut", lambda probe: probe.cut),
+        *_other(options, best, found, "tau", lambda probe: probe.tau),
+        *_other(options, best, found, "K", lambda probe: probe.directions_client),
+        *_other(options, best, found, "K_s", lambda probe: probe.directions_server),
         _encoding(options, best),
         _perturbed(options, best),
         *_uneven(options, best),
@@ -58,26 +57,32 @@ def _where_time_goes(options: Options, best: Choice) -> str:
 
 
 def _other(
-    options: Options, best: Choice, measured: Rounds, name: str, field: Callable[[Probe], object]
+    options: Options, best: Choice, found: list[Found], name: str, field: Callable[[Probe], object]
 ) -> Iterable[str]:
-    """How the best setting with another value of one field compares."""
+    """How the best measured setting with another value of one field compares."""
     mine = field(best.probe)
-    values = {field(probe) for probe in options.choices}
-    if len(values) == 1:
-        if len(_searched(options, name)) > 1:
-            yield f"{name} {mine}: limits forbid every other."
+    if len(_searched(options, name)) == 1:
         return
-    others = [(c, rounds) for c, rounds in measured if field(c.probe) != mine]
+    if len({field(probe) for probe in options.choices}) == 1:
+        yield f"{name} {mine}: limits forbid every other."
+        return
+    others = [one for one in found if field(one.probe) != mine and not one.diverged]
     if not others:
-        yield f"{name} {mine}: no other promised a shorter time, or reached the target."
+        yield f"{name} {mine}: no other was measured that did not diverge."
         return
-    choice, rounds = min(others, key=lambda one: one[1] * options.round_s[one[0].probe])
-    own = next(rounds for other, rounds in measured if other == best)
+    other = min(others, key=lambda one: _at_least_s(options, one))
+    own = next(one.rounds for one in found if one.probe == best.probe)
+    went = "needs" if other.rounds is not None else "had not reached the target after"
     yield (
-        f"{name} {mine}: {own} rounds of {seconds(options.round_s[best.probe])}; the best setting "
-        f"measured with another, {choice.probe}, needs {rounds} of "
-        f"{seconds(options.round_s[choice.probe])}."
+        f"{name} {mine}: {own} rounds of {seconds(options.round_s[best.probe])}; the best measured "
+        f"with another, {other.probe}, {went} {other.rounds or other.limit} of "
+        f"{seconds(options.round_s[other.probe])}."
     )
+
+
+def _at_least_s(options: Options, one: Found) -> tuple[bool, float]:
+    """Those that reached the target first, by time."""
+    return one.rounds is None, (one.rounds or one.limit) * options.round_s[one.probe]
 
 
 def _searched(options: Options, name: str) -> list[object]:

@@ -21,12 +21,11 @@ def text(plan: Plan) -> str:
     rows = [header, *(_row(rank, one) for rank, one in enumerate(plan.candidates, 1))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    share = plan.simulated_s / best.total_s
     lines += [
         "",
         f"advice: {best.choice.probe}, {best.choice.encoding}",
-        f"to {plan.target:g} in {best.rounds} rounds: predicted {seconds(best.total_s)}, "
-        f"simulated {seconds(plan.simulated_s)} ({share:.2f} of it)",
+        f"to {plan.target:g}: predicted {best.rounds} rounds, {seconds(best.total_s)}",
+        _simulated(plan),
         "",
         *(f"- {reason}" for reason in plan.reasons),
     ]
@@ -42,7 +41,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "target": plan.target,
         "advice": _facts(plan.candidates[0]),
-        "simulated_s": plan.simulated_s,
+        "simulated": plan.checked._asdict(),
         "candidates": [_facts(candidate) for candidate in plan.candidates],
         "reasons": plan.reasons,
         "excluded": plan.excluded,
@@ -61,6 +60,19 @@ def write_plan(plan: Plan, folder: Path) -> Path:
     path = folder / PLAN_FILE
     replace_file(path, lambda file: file.write(to_toml(plan.config).encode()))
     return path
+
+
+def _simulated(plan: Plan) -> str:
+    checked = plan.checked
+    if checked.rounds is None or checked.seconds is None:
+        most = plan.config.run.rounds
+        return f"SIMULATED, it was not reached in {most} rounds: take smaller steps or another seed"
+    share = checked.seconds / plan.candidates[0].total_s
+    return (
+        f"simulated: {checked.rounds} rounds, {seconds(checked.seconds)} ({share:.2f} of the "
+        f"prediction), a round {seconds(checked.seconds / checked.rounds)}; "
+        f"{checked.accuracy:.3f} at the end"
+    )
 
 
 def _row(rank: int, one: Candidate) -> tuple[str, ...]:

@@ -1,0 +1,105 @@
+"""Delays fitted on a recorded run: what its devices and its server took, for other settings.
+
+A device's round is fixed_s + forwards * forward_s. forward_s comes from the devices' reports.
+fixed_s is what remains of the time between the opening of a round and the arrival of the
+activation, both by the server's clock, so that no two clocks are compared: links, replay, waiting
+and added delays are in it. Medians over rounds; the first, in which everything is loaded, counts
+for nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from emulation.delays import DeviceTiming, Timings
+from emulation.errors import FitError
+from server_node.config import load_config
+from server_node.files import CONFIG_FILE
+from server_node.ledger import TRACE_FILE
+from server_node.recorder import read_reports
+from server_node.trace import read_events
+
+_MICROSECOND_S: Final = 1e-6
+
+
+@dataclass
+class _Server:
+    """What the trace says; keyed by device and round, in seconds."""
+
+    opened_s: dict[int, float] = field(default_factory=dict)
+    arrived_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    steps_s: list[float] = field(default_factory=list)
+    measures_s: defaultdict[tuple[int, int], float] = field(
+        default_factory=lambda: defaultdict(float)
+    )
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take note of one event."""
+        name, values = event.get("name", ""), event.get("args", {})
+        match name.split():
+            case ["step"]:
+                self.steps_s.append(event["dur"] * _MICROSECOND_S)
+            case ["measure"]:
+                place = values["device"], values["round"]
+                self.measures_s[place] += event["dur"] * _MICROSECOND_S
+            case ["activation", "arrived"]:
+                place = values["device"], values["round"]
+                self.arrived_s.setdefault(place, event["ts"] * _MICROSECOND_S)
+            case ["round", number]:
+                self.opened_s[int(number)] = event["ts"] * _MICROSECOND_S
+
+    def to_activation_s(self) -> dict[int, float]:
+        """Of each device, the median time from a round's opening to its activation."""
+        spans: defaultdict[int, list[float]] = defaultdict(list)
+        for (device, number), at_s in self.arrived_s.items():
+            if number > 0 and number in self.opened_s:
+                spans[device].append(at_s - self.opened_s[number])
+        return {device: statistics.median(values) for device, values in spans.items()}
+
+
+def fit_timings(run: Path) -> Timings:
+    """The times of the run in folder RUN, written by `musplit emulate` or `serve`. Raises FitError.
+
+    Devices that never computed get the slowest one's times.
+    """
+    method = load_config(run / CONFIG_FILE, []).method
+    directions = method.directions_client if method.eta_c else 0
+    server = _Server()
+    try:
+        for event in read_events(run / TRACE_FILE):
+            server.take(event)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FitError(f"{run / TRACE_FILE}: not a trace of this program ({error!r})") from error
+    forward_s = _forwards_s(run, 2 * directions + 1)
+    known = {
+        device: DeviceTiming(max(0.0, seconds - forward_s[device]), forward_s[device])
+        for device, seconds in server.to_activation_s().items()
+        if device in forward_s
+    }
+    if not known or not server.steps_s:
+        raise FitError(
+            f"{run}: holds no times of devices and server (devices.jsonl, {TRACE_FILE}) beyond the "
+            "first round; give the folder of a longer run of musplit emulate or serve"
+        )
+    slowest = max(known.values())
+    measures_s = server.measures_s.values()
+    return Timings(
+        [known.get(device, slowest) for device in range(max(known) + 1)],
+        statistics.median(server.steps_s),
+        statistics.median(measures_s) / directions if measures_s else 0.0,
+    )
+
+
+def _forwards_s(run: Path, forwards: int) -> dict[int, float]:
+    """Of each device, the median seconds of a forward, its perturbation and encoding included."""
+    found: defaultdict[int, list[float]] = defaultdict(list)
+    for row in read_reports(run):
+        report = row.report
+        if report.started_unix_s and report.round > 0:
+            spent_s = report.perturb_s + report.forward_s + report.encode_s
+            found[row.device].append(spent_s / forwards)
+    return {device: statistics.median(values) for device, values in found.items()}

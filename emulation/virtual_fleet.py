@@ -1,0 +1,305 @@
+"""A fleet on the virtual clock: devices that compute in this process and answer in virtual time.
+
+The run, its coordinator, the device's trainer, the frames and their decoding are those of a real
+run. Virtual are the clock, the links (docs/simulation.md) and who is there. A device's frames are
+computed when it is told of the round: nothing that it reads changes before they are sent. All
+devices that stand at the same round share one copy of the weights: the server's, which has the
+bits of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edge_client.bundle import Bundle, read_bundle
+from edge_client.pacing import PacedSession
+from edge_client.session import ClientSession
+from edge_client.shard import Shard
+from edge_client.trainer import Shared, Trainer
+from emulation.clock import EventQueue
+from emulation.delays import Delays, Presence
+from emulation.traffic import CountedTraffic, publish_bytes
+from server_node.actions import Measure, Work
+from server_node.errors import FrameFaultError
+from server_node.prepare import Experiment, open_run
+from server_node.run import Run
+from wire_protocol.directions import DirectionGenerator
+from wire_protocol.frames import Frame, FrameKind, decode_frame
+from wire_protocol.manifest import sha256
+from wire_protocol.messages import (
+    CHUNK_BYTES,
+    Commit,
+    DownMessage,
+    Join,
+    Ready,
+    Report,
+    Round,
+    Snapshot,
+    UpMessage,
+    encode,
+)
+from wire_protocol.topics import PROTOCOL_VERSION, Topics
+
+# Of a chunk beside its data: envelope, digest, index.
+_CHUNK_EXTRA_BYTES = 120
+
+
+class Boards(NamedTuple):
+    """What the devices of a simulation have in common, and their shards."""
+
+    bundle: Bundle
+    session: PacedSession
+    shards: Sequence[Shard]
+
+
+class _Part(NamedTuple):
+    """A frame of a device's round, its size as it was sent, and when it is ready."""
+
+    frame: Frame
+    size_bytes: int
+    forwards: int  # computed from the beginning of the round until it is ready
+
+
+def make_boards(experiment: Experiment, shards: Sequence[Shard]) -> Boards:
+    """One session for all devices: they compute one after the other."""
+    bundle, devices = read_bundle(experiment.exported.client), experiment.config.devices
+    session = ClientSession(bundle, devices.batch, devices.threads)
+    return Boards(bundle, PacedSession(session, speed=1.0, delay_s=0.0), shards)
+
+
+class VirtualFleet:
+    """The devices of one run, and the outbox, clock and driver of it."""
+
+    def __init__(
+        self, experiment: Experiment, boards: Boards, delays: Delays, presence: Presence, *,
+        frozen: bool, notify: Callable[[dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self._boards, self._delays, self._presence = boards, delays, presence
+        self._together = experiment.config.simulation.server == "parallel"
+        self._topics = Topics(experiment.config.run.fleet)
+        self._queue = EventQueue()
+        self._names = [f"device-{index:03d}" for index in range(len(boards.shards))]
+        self._here = [True] * len(self._names)
+        self._here_count = len(self._names)
+        self._known: dict[int, int] = {}  # rounds that a device which is away has committed
+        # Raised whenever what a device computes is of no use any more; since when.
+        self._attempts = [0] * len(self._names)
+        self._useless_s = [0.0] * len(self._names)
+        self._working: set[int] = set()
+        self._group: dict[int, int] = {}  # first k of a group of differences -> directions in it
+        self._links_free_s: dict[int, float] = {}
+        self._broadcast = (0.0, 0)  # when, and how many bytes then
+        self._shared: Shared | None = None
+        self.client_forwards = 0
+        self.traffic = CountedTraffic()
+        self.run = run = open_run(
+            experiment, frozen=frozen, devices=list(enumerate(self._names)), outbox=self,
+            notify=notify, read_clock_s=self._queue.read_s, spend=self._spend,
+        )  # fmt: skip
+        run.ledger.traffic = self.traffic
+        self._welcome = run.welcome(0, 0, len(experiment.client.manifest_data))
+        self._report_bytes = publish_bytes(
+            self._topics.control(self._names[0]), len(encode(_typical_report(run.header.run)))
+        )
+        self._gather(0 if frozen else sum(map(len, experiment.client.blobs)))
+
+    @property
+    def now_s(self) -> float:
+        """The virtual time since the run began."""
+        return self._queue.read_s()
+
+    def play(self) -> Run:
+        """Run to the end; files as in any run folder."""
+        run, queue = self.run, self._queue
+        eager = run.config.round.deadline_s > 0
+        if self._presence.changes:
+            for device in range(len(self._names)):
+                queue.at(self._presence.spell_s(device, 0), partial(self._leave, device, 0))
+        run.start(list(range(len(self._names))))
+        work = run.work_together if self._together else run.work
+        while run.finished is None:
+            worked = work()
+            wake_s = run.wake_s
+            if not worked and run.finished is None:
+                queue.wait_until(queue.next_s if wake_s is None else min(queue.next_s, wake_s))
+            queue.happen()
+            if eager or (wake_s is not None and queue.read_s() >= wake_s):
+                run.tick()
+        run.close(run.finished.outcome.value)
+        return run
+
+    # -- the outbox of the run ---------------------------------------------------------------
+
+    def broadcast(self, message: DownMessage) -> None:
+        """Commits end what devices compute; a round is computed by its participants."""
+        size_bytes = publish_bytes(self._topics.broadcast, len(encode(message)))
+        self.traffic.received(size_bytes, self._here_count)
+        now_s = self._queue.read_s()
+        at_s, earlier_bytes = self._broadcast
+        self._broadcast = (now_s, size_bytes + (earlier_bytes if at_s == now_s else 0))
+        if isinstance(message, Commit):
+            self._committed()
+        elif isinstance(message, Round):
+            for device in message.participants:
+                self._ask(device, message.round)
+
+    def send(self, device: int, message: DownMessage) -> None:
+        """A reply needs no answer here; what a device has missed takes its time on the link."""
+        if not self._here[device]:
+            return
+        size_bytes = publish_bytes(self._topics.down(self._names[device]), len(encode(message)))
+        self.traffic.received(size_bytes)
+        if isinstance(message, Snapshot):
+            chunks = -(-message.size_bytes // CHUNK_BYTES)
+            size_bytes += message.size_bytes + chunks * _CHUNK_EXTRA_BYTES
+            self.traffic.received(_CHUNK_EXTRA_BYTES, chunks)
+            self.traffic.down += message.size_bytes
+        free_s = max(self._queue.read_s(), self._links_free_s.get(device, 0.0))
+        delay_s = self._delays.down_s(device, size_bytes) - self._delays.latency_s
+        self._links_free_s[device] = free_s + delay_s
+        if isinstance(message, Round) and device not in self._working:
+            self._ask(device, message.round)
+
+    def offer_blob(self, data: bytes) -> str:
+        """A snapshot that a device will fetch."""
+        return sha256(data)
+
+    # -- devices -----------------------------------------------------------------------------
+
+    def _ask(self, device: int, number: int) -> None:
+        """A device learns of a round as soon as its link has brought everything up to that."""
+        if not self._here[device]:
+            return
+        at_s, broadcast_bytes = self._broadcast
+        now_s = self._queue.read_s()
+        down_s = self._delays.down_s(device, broadcast_bytes if at_s == now_s else 0)
+        arrives_s = max(now_s, self._links_free_s.get(device, 0.0)) + down_s
+        self._attempts[device] += 1
+        self._working.add(device)
+        begin = partial(self._begin, device, number, self._attempts[device])
+        self._queue.at(arrives_s, begin)
+
+    def _begin(self, device: int, number: int, attempt: int) -> None:
+        """Compute the round; its frames are on their way one after the other."""
+        if attempt != self._attempts[device]:
+            return
+        begin_s = free_s = self._queue.read_s()
+        for part in self._compute(device, number):
+            ready_s = begin_s + self._delays.for_forwards(device, number, part.forwards)
+            sent_s = max(ready_s, free_s)
+            arrives_s = sent_s + self._delays.up_s(device, part.size_bytes)
+            free_s = arrives_s - self._delays.latency_s
+            self._queue.at(arrives_s, partial(self._arrive, device, part, attempt, sent_s))
+
+    def _compute(self, device: int, number: int) -> list[_Part]:
+        boards = self._boards
+        if self._shared is None or self._shared.client is not self.run.client_half:
+            self._shared = Shared(self.run.client_half, DirectionGenerator())
+        trainer = Trainer(
+            msgspec.structs.replace(self._welcome, device=device), boards.session, boards.bundle,
+            boards.shards[device], self._queue.read_s, self._shared,
+        )  # fmt: skip
+        trainer.next_round = number
+        topic = self._topics.frame(self._names[device])
+        parts: list[_Part] = []
+        for payload in trainer.steps(epoch=0):
+            if payload is None:
+                continue
+            frame = decode_frame(payload, self.run.compressed_max_bytes)
+            forwards = 1
+            if frame.kind is FrameKind.DIFFERENCES:
+                self._group[frame.first_k] = len(frame.tensor)
+                forwards += 2 * (frame.first_k + len(frame.tensor))
+            parts.append(_Part(frame, publish_bytes(topic, len(payload)), forwards))
+        self.client_forwards += parts[-1].forwards
+        return parts
+
+    def _arrive(self, device: int, part: _Part, attempt: int, sent_s: float) -> None:
+        if attempt != self._attempts[device] and sent_s >= self._useless_s[device]:
+            return  # it was never sent
+        self.traffic.sent(part.size_bytes)
+        try:
+            self.run.frame(device, part.frame)
+        except FrameFaultError:  # a device that is refused ends
+            self.run.ledger.useless("refused")
+            self._gone(device)
+
+    def _committed(self) -> None:
+        self.traffic.sent(self._report_bytes, self._here_count)
+        for device in self._working:
+            self._stop(device)
+        self._working.clear()
+
+    def _stop(self, device: int) -> None:
+        self._attempts[device] += 1
+        self._useless_s[device] = self._queue.read_s() + self._delays.latency_s
+
+    # -- who is there ------------------------------------------------------------------------
+
+    def _leave(self, device: int, spell: int) -> None:
+        self._gone(device)
+        away_s = self._presence.spell_s(device, spell + 1)
+        self._queue.at(self._queue.read_s() + away_s, partial(self._return, device, spell + 1))
+
+    def _gone(self, device: int) -> None:
+        """A device leaves; the server learns it at once."""
+        if not self._here[device]:
+            return
+        self._here[device] = False
+        self._here_count -= 1
+        self._known[device] = self.run.rounds_closed
+        self._working.discard(device)
+        self._attempts[device] += 1
+        self._useless_s[device] = self._queue.read_s()
+        self.run.left(device)
+
+    def _return(self, device: int, spell: int) -> None:
+        self._here[device] = True
+        self._here_count += 1
+        self._handshake(device)
+        self.run.ready(device, self._known.pop(device))
+        here_s = self._presence.spell_s(device, spell + 1)
+        self._queue.at(self._queue.read_s() + here_s, partial(self._leave, device, spell + 1))
+
+    def _gather(self, bundle_bytes: int) -> None:
+        for device in range(len(self._names)):
+            self._handshake(device)
+        chunks = -(-bundle_bytes // CHUNK_BYTES)
+        self.traffic.bundle_down = len(self._names) * (bundle_bytes + chunks * _CHUNK_EXTRA_BYTES)
+
+    def _handshake(self, device: int) -> None:
+        """Join, welcome, ready."""
+        samples = self._boards.shards[device].samples
+        said: list[UpMessage] = [
+            Join(0, PROTOCOL_VERSION, "", device, samples), Ready(self.run.header.run, 0, 0),
+        ]  # fmt: skip
+        topic = self._topics.control(self._names[device])
+        for message in said:
+            self.traffic.sent(publish_bytes(topic, len(encode(message))))
+        size_bytes = len(encode(self._welcome))
+        self.traffic.received(publish_bytes(self._topics.down(self._names[device]), size_bytes))
+
+    # -- the server's time -------------------------------------------------------------------
+
+    def _spend(self, pieces: Sequence[Work]) -> None:
+        """Pieces that are computed at once take as long as the longest of them."""
+        self._queue.spend(max(map(self._piece_s, pieces)))
+
+    def _piece_s(self, piece: Work) -> float:
+        if isinstance(piece, Measure):
+            return self._delays.server_measure_s * self._group[piece.first_k]
+        return self._delays.server_step_s
+
+
+def _typical_report(run: int) -> Report:
+    """As large as most are: its times take nine bytes each, whatever they say."""
+    return Report(
+        run=run, epoch=1 << 40, round=1 << 10, started_unix_s=0.5, perturb_s=0.5, forward_s=0.5,
+        encode_s=0.5, wait_s=0.5, replay_s=0.5, bytes_up=1 << 20, bytes_down=1 << 20,
+        bundle_bytes_up=1 << 10, bundle_bytes_down=1 << 17, rss_bytes=1 << 26,
+        peak_rss_bytes=1 << 26,
+    )  # fmt: skip
