@@ -1,4 +1,4 @@
-"""Is the planner's advice near the best there is, on fleets it has not seen?
+"""Advice of the planner beside the exhaustive best, on fleets that it has not seen.
 
 Once, the rounds to the target of every setting of a grid are measured: digits, an MLP of three
 layers, four devices. Then fleets are drawn by seed. For each the planner measures a few settings

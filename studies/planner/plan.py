@@ -25,6 +25,8 @@ from studies.planner.timing import mean_seconds, server_seconds, simulation
 _SHOWN: Final = 5
 # A setting runs so many rounds at least, even where it must be slower than the best.
 _LEAST_ROUNDS: Final = 2 * EVERY
+# A run stalls when nothing happens for so many mean rounds.
+_PATIENCE_ROUNDS: Final = 20
 
 
 class Candidate(NamedTuple):
