@@ -21,7 +21,9 @@ from typing import Any, Final
 
 # Before numpy, torch and ONNX Runtime are imported: what is timed runs on one thread.
 THREADS: Final = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-BENCHMARKS: Final = ("device_step", "directions", "memory", "transport", "server_steps")
+BENCHMARKS: Final = (
+    "device_step", "directions", "memory", "transport", "server_steps", "simulation",
+)  # fmt: skip
 REPETITIONS: Final = 9
 QUICK_REPETITIONS: Final = 1
 _VERSIONED: Final = ("musplit", "numpy", "onnxruntime", "torch", "paho-mqtt")

@@ -12,13 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from emulation.delays import Delays, Presence, Timings
 from emulation.fit import fit_timings
 from emulation.inprocess import make_shards
 from emulation.virtual_fleet import Boards, VirtualFleet, make_boards
+from export.listing import forward_flops
 from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.datasets import load_dataset
@@ -142,27 +140,12 @@ def simulate_curve(
 def make_delays(experiment: Experiment, timings: Timings | None = None) -> Delays:
     """The delays of an experiment's configuration, for its client half."""
     config = experiment.config
-    needed = config.simulation.compute == "gas"
+    exported = experiment.exported
+    flops = forward_flops(exported.halves.client, exported.manifest.inputs)
     return Delays(
         config.simulation, config.run.seed, directions=config.method.directions_client,
-        forward_flop=forward_flop(experiment) if needed else 0.0, timings=timings,
+        forward_flop=float(flops * config.devices.batch), timings=timings,
     )  # fmt: skip
-
-
-def forward_flop(experiment: Experiment) -> float:
-    """Operations of a forward of the client half on one batch, as torch counts them.
-
-    Counted are matrix products, convolutions and attention; a multiplication and its addition are
-    two operations.
-    """
-    batch = experiment.config.devices.batch
-    inputs = experiment.exported.manifest.inputs
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        experiment.exported.halves.client.module(
-            *(torch.zeros(batch, *spec.shape, dtype=getattr(torch, spec.dtype)) for spec in inputs)
-        )
-    return float(counter.get_total_flops())
 
 
 def _sum_up(experiment: Experiment, main: Played, control: Played | None) -> dict[str, Any]:

@@ -9,11 +9,10 @@ bits of theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import Any, Final, NamedTuple
 
 from edge_client.bundle import Bundle, read_bundle
 from edge_client.pacing import PacedSession
@@ -45,7 +44,9 @@ from wire_protocol.messages import (
 from wire_protocol.topics import PROTOCOL_VERSION, Topics
 
 # Of a chunk beside its data: envelope, digest, index.
-_CHUNK_EXTRA_BYTES = 120
+_CHUNK_EXTRA_BYTES: Final = 120
+# A bound that is met to the last bit may not be seen to be met: differences of times are rounded.
+_LATER_S: Final = 1e-6
 
 
 class Boards(NamedTuple):
@@ -101,7 +102,7 @@ class VirtualFleet:
             notify=notify, read_clock_s=self._queue.read_s, spend=self._spend,
         )  # fmt: skip
         run.ledger.traffic = self.traffic
-        self._welcome = run.welcome(0, 0, len(experiment.client.manifest_data))
+        self._manifest_bytes = len(experiment.client.manifest_data)
         self._report_bytes = publish_bytes(
             self._topics.control(self._names[0]), len(encode(_typical_report(run.header.run)))
         )
@@ -114,6 +115,14 @@ class VirtualFleet:
 
     def play(self) -> Run:
         """Run to the end; files as in any run folder."""
+        reason = "interrupted"
+        try:
+            reason = self._play()
+        finally:
+            self.run.close(reason)
+        return self.run
+
+    def _play(self) -> str:
         run, queue = self.run, self._queue
         eager = run.config.round.deadline_s > 0
         if self._presence.changes:
@@ -123,14 +132,13 @@ class VirtualFleet:
         work = run.work_together if self._together else run.work
         while run.finished is None:
             worked = work()
-            wake_s = run.wake_s
+            wake_s = math.inf if run.wake_s is None else run.wake_s + _LATER_S
             if not worked and run.finished is None:
-                queue.wait_until(queue.next_s if wake_s is None else min(queue.next_s, wake_s))
+                queue.wait_until(min(queue.next_s, wake_s))
             queue.happen()
-            if eager or (wake_s is not None and queue.read_s() >= wake_s):
+            if eager or queue.read_s() >= wake_s:
                 run.tick()
-        run.close(run.finished.outcome.value)
-        return run
+        return run.finished.outcome.value
 
     # -- the outbox of the run ---------------------------------------------------------------
 
@@ -200,7 +208,7 @@ class VirtualFleet:
         if self._shared is None or self._shared.client is not self.run.client_half:
             self._shared = Shared(self.run.client_half, DirectionGenerator())
         trainer = Trainer(
-            msgspec.structs.replace(self._welcome, device=device), boards.session, boards.bundle,
+            self.run.welcome(device, 0, self._manifest_bytes), boards.session, boards.bundle,
             boards.shards[device], self._queue.read_s, self._shared,
         )  # fmt: skip
         trainer.next_round = number
@@ -280,7 +288,7 @@ class VirtualFleet:
         topic = self._topics.control(self._names[device])
         for message in said:
             self.traffic.sent(publish_bytes(topic, len(encode(message))))
-        size_bytes = len(encode(self._welcome))
+        size_bytes = len(encode(self.run.welcome(device, 0, self._manifest_bytes)))
         self.traffic.received(publish_bytes(self._topics.down(self._names[device]), size_bytes))
 
     # -- the server's time -------------------------------------------------------------------

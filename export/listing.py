@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.cuts import Boundary, Half, boundaries, cut_traced
 from export.inputs import example
 from export.models import BuiltModel
+from export.server_half import ModelInput
 from export.tracing import quiet, trace
+from wire_protocol.manifest import InputSpec
 
 _FLOAT_BYTES: Final = 4
 
@@ -49,12 +51,13 @@ def list_cuts(model: BuiltModel) -> CutList:
         elements = math.prod(halves.activation_shape)
         return CutFacts(
             place.name, place.names[1:], _count(halves.client), _count(halves.server),
-            halves.activation_shape, elements * _FLOAT_BYTES, _flops(model, halves.client.module),
+            halves.activation_shape, elements * _FLOAT_BYTES,
+            forward_flops(halves.client, model.inputs),
         )  # fmt: skip
 
     return CutList(
         model.name,
-        _flops(model, model.module),
+        forward_flops(Half(model.module, {}, {}), model.inputs),
         [facts(place) for place in places if not place.fault],
         [(place.name, place.fault) for place in places if place.fault],
     )
@@ -96,8 +99,8 @@ def _count(half: Half) -> int:
     return sum(p.numel() for p in half.module.parameters())
 
 
-def _flops(model: BuiltModel, module: nn.Module) -> int:
-    """Multiplications and additions, each counted, of matrix products and convolutions."""
+def forward_flops(client: Half, inputs: Sequence[ModelInput] | Sequence[InputSpec]) -> int:
+    """Of one sample: multiplications and additions, each counted, of products and convolutions."""
     # Fused attention and recurrent kernels are not counted: their plain forms are.
     with (
         quiet(),
@@ -106,5 +109,5 @@ def _flops(model: BuiltModel, module: nn.Module) -> int:
         torch.backends.mkldnn.flags(enabled=False),
         FlopCounterMode(display=False) as counter,
     ):
-        module(*example(model.inputs, 1))
+        client.module(*example(inputs, 1))
     return int(counter.get_total_flops())

@@ -169,6 +169,9 @@ def check_config(config: Config, where: str) -> None:
         "simulation.recorded: names no run folder, which simulation.compute = recorded needs": (
             config.simulation.compute == "recorded" and not config.simulation.recorded
         ),
+        "simulation.server: parallel needs server.replicas = 1: devices are computed one by one": (
+            config.simulation.server == "parallel" and config.server.replicas > 1
+        ),
         "simulation.flops: the first must not exceed the second": (
             config.simulation.flops[0] > config.simulation.flops[1]
         ),

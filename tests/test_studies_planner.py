@@ -235,11 +235,10 @@ def test_a_plan_is_made_checked_kept_and_repeated_without_a_run(fleet_file, tmp_
     config = load_config(tmp_path / "out" / "plan.toml", [])
     assert config.method.tau == advice["tau"]
     assert config.simulation.up_bytes_s == [1e5, 1e5]
-    again = json.loads(CliRunner().invoke(main, arguments).stdout)
-    assert again == facts | {"runs_made": 0}
-    text = CliRunner().invoke(main, arguments[:-2]).stdout
-    assert "advice: cut fc1" in text
-    assert "2 of them now" not in text
+    again = CliRunner().invoke(main, arguments[:-2]).stdout
+    assert f"advice: cut fc1, tau {advice['tau']}, K 2, {advice['encoding']}" in again
+    assert f"predicted {advice['rounds']} rounds, " in again
+    assert "measured settings: 2, 0 of them now, 2 from the table" in again
 
 
 def test_a_run_that_was_cut_short_is_repeated_only_for_more_rounds(tmp_path):

@@ -17,6 +17,7 @@ a set bit means -1. The "+ 1" is numpy's: its Philox increments the counter befo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import sys
@@ -196,10 +197,16 @@ def participants(run_seed: int, round_number: int, devices: list[int], count: in
 
 def permutation(draw: DirectionId, length: int) -> NDArray[np.int64]:
     """A permutation (length,) that is a pure function of its coordinates."""
-    words = DirectionGenerator().words(draw, 0, -(-length // _WORDS_PER_BLOCK))[:length]
+    draw.check()
+    run_seed, half, device, number, step, k = draw
+    # As DirectionGenerator.words from block 0 on, without its tables.
+    key = np.array([run_seed, half << 32 | device], np.uint64)
+    counter = np.array([0, number << 32 | step, k, 0], np.uint64)
+    words = np.random.Philox(key=key, counter=counter).random_raw(length)
     return np.argsort(words, kind="stable")
 
 
+@functools.lru_cache(maxsize=4)
 def directions_digest(run_seed: int) -> str:
     """SHA-256 over sample directions that differ in each field: compared in the handshake."""
     generator = DirectionGenerator()

@@ -127,8 +127,11 @@ def planned_config(options: Options, choice: Choice) -> Config:
         fleet, cut, config.devices.batch, choice.probe.directions_server
     )
     mean_s = mean_seconds(fleet, config, cut, choice.probe.directions_client)
+    # Nothing comes from a device while it computes: that is no stall.
+    stall_s = max(config.round.stall_s, _PATIENCE_ROUNDS * options.round_s[choice.probe])
     return msgspec.structs.replace(
-        config, wire=msgspec.structs.replace(config.wire, encoding=choice.encoding),
+        config, round=msgspec.structs.replace(config.round, stall_s=stall_s),
+        wire=msgspec.structs.replace(config.wire, encoding=choice.encoding),
         simulation=simulation(fleet, mean_s, step_s, measure_s),
     )  # fmt: skip
 

@@ -1,0 +1,143 @@
+"""Experiments on the virtual clock: the weights of real runs, times by closed form, absences."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import pytest
+from core_support import play, tiny_config
+
+from emulation.delays import Delays
+from emulation.simulate import Played, Simulation, simulate, simulate_curve
+from server_node.config import Config
+from server_node.errors import ConfigError, NoProgressError
+from server_node.prepare import prepare
+from server_node.replay import replay
+from wire_protocol.manifest import sha256
+
+
+def simulated(folder: Path, *overrides: str, frozen: bool = False) -> Played:
+    """A tiny run on the virtual clock."""
+    return Simulation(tiny_config(*overrides), folder).play(lambda _: None, frozen=frozen)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("wire.encoding=int8", "wire.compression=zstd"),
+        ("method.client_optimiser=momentum", "devices.participants=2"),
+        (
+            "simulation.compute=exponential",
+            "simulation.server=parallel",
+            "simulation.server_step_s=0.1",
+            "simulation.latency_s=0.05",
+        ),
+    ],
+)
+def test_the_weights_are_those_of_real_time(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run = play(prepare(tiny_config(*overrides), tmp_path / "halves"), tmp_path / "real")
+    result = simulated(tmp_path / "virtual", *overrides).result
+    assert result.client_sha256 == sha256(run.client_state)
+    assert result.server_sha256 == sha256(run.server)
+    assert result.scores == run.scores
+    replayed = replay(tmp_path / "virtual", tmp_path / "virtual")
+    assert replayed.matches
+    assert replayed.complete
+    assert replayed.client_sha256 == result.client_sha256
+
+
+def rows_of(config: Config) -> list[float]:
+    return [row.simulated_s for row in simulate_curve(config)[1]]
+
+
+def test_a_round_takes_the_slowest_device_and_its_share_of_the_server() -> None:
+    config = tiny_config(
+        "simulation.compute=exponential", "simulation.mean_s=[1, 1, 10]",
+        "simulation.server=parallel", "simulation.server_step_s=0.001",
+        "simulation.server_measure_s=0.01",
+    )  # fmt: skip
+    delays = Delays(config.simulation, config.run.seed, directions=3)
+    expected, at_s = [], 0.0
+    for number in range(3):
+        # The slowest device's steps are over when its differences come: K measurements remain.
+        at_s += max(delays.compute_s(device, number) for device in range(3)) + 3 * 0.01
+        expected.append(at_s)
+    assert rows_of(config) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_serial_server_makes_the_devices_wait_for_each_other() -> None:
+    common = ("simulation.compute=uniform", "simulation.spread=0", "simulation.mean_s=[0.1]")
+    step = "simulation.server_step_s=1"
+    serial = rows_of(tiny_config(*common, step))
+    parallel = rows_of(tiny_config(*common, step, "simulation.server=parallel"))
+    # tau = 2, three devices: the first activation comes after one of seven forwards.
+    assert serial[0] == pytest.approx(0.1 / 7 + 6.0)
+    assert parallel[0] == pytest.approx(0.1 / 7 + 2.0)
+
+
+def test_links_take_time_and_bytes_are_those_of_the_frames() -> None:
+    fast, slow = (
+        simulate_curve(tiny_config(*given))[1]
+        for given in ((), ("simulation.up_bytes_s=[1000]", "simulation.latency_s=0.5"))
+    )
+    assert fast[-1].simulated_s == 0.0
+    frames = 8 * 12 * 4 * (1 + 3) + 8 + 2 * 72  # h with labels, three differences in one frame
+    each = fast[-1].bytes_up / 9
+    assert frames < each < frames + 1000  # topics, acknowledgements, a report
+    assert slow[0].simulated_s == pytest.approx(0.5 + (frames + 100) / 1000 + 0.5, abs=0.1)
+    assert fast[-1].client_forwards == 9 * 7
+
+
+def test_nobody_sleeps(tmp_path: Path) -> None:
+    begin_s = time.monotonic()
+    played = simulated(
+        tmp_path, "simulation.compute=exponential", "simulation.mean_s=[1000]",
+        "server.min_step_s=100", "round.stall_s=1e6",
+    )  # fmt: skip
+    assert played.simulated_s > 1800
+    assert time.monotonic() - begin_s < 120
+
+
+def test_deadline_and_quorum_drop_the_straggler() -> None:
+    given = ("simulation.compute=uniform", "simulation.spread=0", "simulation.mean_s=[1, 1, 50]",
+             "round.deadline_s=5", "round.quorum=2")  # fmt: skip
+    result, rows = simulate_curve(tiny_config(*given))
+    assert result.outcome == "complete"
+    assert result.contributions == 6
+    assert [row.simulated_s for row in rows] == pytest.approx([5.0, 10.0, 15.0])
+
+
+def test_a_run_stalls_in_virtual_time(tmp_path: Path) -> None:
+    given = ("simulation.compute=uniform", "simulation.mean_s=[1000]", "round.stall_s=100")
+    with pytest.raises(NoProgressError, match="waited 100 s"):
+        simulate(tiny_config(*given, "evaluation.control=false"), tmp_path, lambda _: None)
+
+
+def test_devices_leave_and_return(tmp_path: Path) -> None:
+    given = ("run.rounds=40", "simulation.compute=exponential", "simulation.up_s=20",
+             "simulation.down_s=5", "round.rejoin_s=3")  # fmt: skip
+    played = simulated(tmp_path / "a", *given)
+    assert played.result.outcome == "complete"
+    assert 40 <= played.result.contributions < 120  # some were away
+    assert replay(tmp_path / "a", tmp_path / "a").matches
+    assert simulated(tmp_path / "b", *given).rows == played.rows
+
+
+def test_the_folder_of_a_simulation(tmp_path: Path) -> None:
+    summary = simulate(tiny_config("simulation.compute=exponential"), tmp_path, lambda _: None)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["simulated_s"] > 0
+    assert summary["simulated_s_control"] > 0
+    assert summary["accuracy_frozen_client"] is not None
+    assert summary["client_forwards_per_client_round"] == 7
+    with (tmp_path / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["simulated_s"]) == pytest.approx(summary["simulated_s"])
+    assert (tmp_path / "accuracy.png").exists()
+    assert not (tmp_path / "trace.json").exists()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        simulate(tiny_config(), tmp_path, lambda _: None)
