@@ -9,7 +9,7 @@ from torch import fx
 
 from export.cuts import boundaries
 from export.inputs import SampleArray
-from export.listing import CutFacts, list_cuts
+from export.listing import list_cuts
 from export.models import BuiltModel, build_model
 from export.tracing import trace
 from server_node.config import Config
@@ -37,7 +37,7 @@ class CutCost(NamedTuple):
 
 
 class ModelCuts(NamedTuple):
-    """All cuts of a model, first to last, those that cost the same once: the last of them."""
+    """The cuts of a model in order; of those that learn the same, the one that sends least."""
 
     cuts: list[CutCost]
     input_bytes: int  # of a prepared sample
@@ -55,23 +55,19 @@ def model_cuts(config: Config, data: Dataset) -> ModelCuts:
         model = build_model(config.model.name, config.run.seed, config.model.input_shape, arrays)
     listed = list_cuts(model)
     inner = _inner_bytes(model)
-    costs = {
-        _key(facts): CutCost(
+    costs: dict[tuple[int, int], CutCost] = {}
+    for facts in listed.cuts:
+        cost = CutCost(
             facts.cut, facts.parameters_client, facts.parameters_server, facts.activation_shape,
             facts.client_flops_per_sample,
             listed.flops_per_sample - facts.client_flops_per_sample, inner[facts.cut],
-        )
-        for facts in listed.cuts
-    }  # fmt: skip
+        )  # fmt: skip
+        # Between them lies nothing that learns or computes (a ReLU, a pooling): what sends least.
+        key = cost.d_c, cost.client_flops
+        if key not in costs or cost.activation_bytes <= costs[key].activation_bytes:
+            costs[key] = cost
     inputs = sum(_FLOAT_BYTES * math.prod(i.shape) for i in model.inputs)
     return ModelCuts(list(costs.values()), inputs, model.source or b"")
-
-
-def _key(facts: CutFacts) -> tuple[int, ...]:
-    """Cuts of one key differ in nothing that is planned with."""
-    return (
-        facts.parameters_client, facts.activation_bytes_per_sample, facts.client_flops_per_sample
-    )  # fmt: skip
 
 
 def _inner_bytes(model: BuiltModel) -> dict[str, int]:

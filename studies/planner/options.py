@@ -120,7 +120,7 @@ def _wanted(fleet: Fleet, cuts: list[CutCost]) -> dict[str, CutCost]:
     for name in fleet.search.cuts:
         if name not in legal:
             raise ConfigError(
-                f"search.cuts: {name!r} is no cut of this model, or another costs the same; "
-                f"there are {', '.join(legal)}"
+                f"search.cuts: {name!r} is no cut of this model, or another learns the same "
+                f"and sends less; there are {', '.join(legal)}"
             )
     return {name: legal[name] for name in fleet.search.cuts or legal}
