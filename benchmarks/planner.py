@@ -86,6 +86,9 @@ def judge(
 
     found = search(options.round_s, observe, budget, ROUNDS, LEAST)
     reached = [one for one in found if one.rounds is not None]
+    if not reached:  # the planner says so and advises nothing
+        return {"ratio": math.inf, "advice": "", "best": "", "measured": len(found),
+                "forbidden": len(options.excluded), "predicted_over_simulated": 1.0}  # fmt: skip
     advice = min(reached, key=lambda one: (one.rounds or 0) * options.round_s[one.probe])
     times = {
         probe: _simulated_s(options, probe, seen.rounds)

@@ -21,7 +21,7 @@ from studies.planner.surrogate import Surrogate, expected_gain, prior
 # A setting that did not get there within its limit is taken to need so many times as long.
 _CENSORED: Final = 1.5
 # Ends the search: an expected gain of less than this part of the best time.
-_LEAST_GAIN: Final = 0.005
+_LEAST_GAIN: Final = 0.001
 _RULE_LEVEL: Final = 1
 
 Observe = Callable[[Probe, int], Observed]
