@@ -47,8 +47,14 @@ class InProcessFleet:
         self._later: dict[int, list[Commit]] = {}  # asynchronous: what came while a device works
         self._gradients: list[tuple[int, Frame]] = []
 
-    def run(self, *, frozen: bool = False, history: History | None = None) -> Run:
-        """Run the experiment, or on from its `history`, to its end; files as in any run folder."""
+    def run(
+        self, *, frozen: bool = False, history: History | None = None,
+        enough: Callable[[Run], bool] = lambda _: False,
+    ) -> Run:  # fmt: skip
+        """Run the experiment, or on from its `history`, to its end; files as in any run folder.
+
+        Asked before each round, `enough` may end it early, as "stopped".
+        """
         names = [(index, f"device-{index:03d}") for index in range(len(self._shards))]
         run = open_run(
             self._experiment, frozen=frozen, devices=names, outbox=self,
@@ -58,12 +64,12 @@ class InProcessFleet:
         for commit in history.commits if history is not None else ():
             self.broadcast(commit)
         run.start([index for index, _ in names])
-        while run.finished is None:
+        while run.finished is None and not enough(run):
             if run.config.round.mode == "asynchronous":
                 self._deliver_next(run)
             else:
                 self._deliver(run, self._opened.popleft())
-        run.close(run.finished.outcome.value)
+        run.close(run.finished.outcome.value if run.finished is not None else "stopped")
         return run
 
     def broadcast(self, message: DownMessage) -> None:

@@ -36,6 +36,7 @@ class CutList(NamedTuple):
     """Legal cuts, and names of boundaries that are none with the reason; in order of execution."""
 
     model: str
+    flops_per_sample: int  # of the whole model
     cuts: list[CutFacts]
     illegal: list[tuple[str, str]]
 
@@ -56,6 +57,7 @@ def list_cuts(model: BuiltModel) -> CutList:
 
     return CutList(
         model.name,
+        forward_flops(Half(model.module, {}, {}), model.inputs),
         [facts(place) for place in places if not place.fault],
         [(place.name, place.fault) for place in places if place.fault],
     )
@@ -87,6 +89,7 @@ def as_json(cuts: CutList) -> dict[str, Any]:
     """The list for programs."""
     return {
         "model": cuts.model,
+        "flops_per_sample": cuts.flops_per_sample,
         "cuts": [c._asdict() for c in cuts.cuts],
         "illegal": [{"name": name, "reason": why} for name, why in cuts.illegal],
     }

@@ -404,6 +404,51 @@ def emulate(
 
 
 @main.command()
+@click.argument("model")
+@click.option("--fleet", "fleet_file", required=True, metavar="FLEET",
+              type=click.Path(path_type=Path), help="TOML file: devices, links, server."
+              )  # fmt: skip
+@click.option("--data", help="Data set, as of emulate.  [default: digits]")
+@click.option("--target", default=0.65, show_default=True,
+              type=FiniteRange(0, 1, min_open=True), help="Accuracy to reach.")  # fmt: skip
+@click.option("--budget", default=24, show_default=True, type=click.IntRange(1, 10_000),
+              help="Settings to measure at most; those in the table cost nothing.")  # fmt: skip
+@click.option("--table", default="runs/rounds.json", show_default=True, metavar="FILE",
+              type=click.Path(path_type=Path), help="Where measured rounds are kept.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path),
+              help="Folder for plan.toml, the advice as a configuration.")  # fmt: skip
+@set_option
+@format_option
+def plan(
+    model: str, fleet_file: Path, data: str | None, target: float, budget: int, table: Path,
+    out: Path | None, overrides: tuple[str, ...], output: str,
+) -> None:  # fmt: skip
+    """Recommend cut, tau, K and encoding for a fleet, say why, and what limits forbid.
+
+    MODEL as of export. Rounds to the target are measured by short runs in this process, once for
+    every model, data set and number of devices; seconds a round come from FLEET.
+
+    \b
+    musplit plan mlp:64-32-32-10 --fleet lab.toml --target 0.8 --out plan
+    musplit simulate plan/plan.toml
+    """
+    with guarded():
+        from studies.planner.fleet import load_fleet
+        from studies.planner.plan import base_config
+        from studies.planner.plan import plan as make_plan
+        from studies.planner.report import as_json, text, write_plan
+
+        with redirect_stdout(sys.stderr):
+            fleet = load_fleet(fleet_file)
+            base = base_config(model, fleet, data, list(overrides))
+            advice = make_plan(base, fleet, target, budget, table, say)
+        path = write_plan(advice, out) if out is not None else None
+    print(json.dumps(as_json(advice)) if output == "json" else text(advice))
+    if path is not None:
+        say(f"advice as a configuration: {path}")
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path), required=False)
 @set_option
 @click.option("--fit", type=click.Path(path_type=Path), metavar="RUN",

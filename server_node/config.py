@@ -83,7 +83,7 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
         given = [override for override in overrides if override.partition("=")[0].strip() == field]
         where = f"--set {given[-1]!r}" if given else where
         raise ConfigError(f"{where}: {text}; see docs/configuration.md") from error
-    _check(config, where)
+    check_config(config, where)
     return config
 
 
@@ -136,7 +136,8 @@ def _explain(error: msgspec.ValidationError) -> str:
     return f"{where.strip('`.')}: {what}" if where else what
 
 
-def _check(config: Config, where: str) -> None:
+def check_config(config: Config, where: str) -> None:
+    """Raise ConfigError when fields contradict each other; `where` is what the message names."""
     try:
         check_name(config.run.fleet, "run.fleet")
     except InputError as error:

@@ -1,1 +1,1 @@
-"""Studies: matrices of arms, settings and seeds, their baselines, tables and plots."""
+"""What is asked of many runs: studies with their baselines, and the planner."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from core_support import tiny_config
 
 from emulation.clock import EventQueue
 from emulation.delays import Delays, DeviceTiming, Draw, Presence, Timings, uniform
