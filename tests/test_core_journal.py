@@ -26,7 +26,7 @@ HEADER = Header(
     client_optimiser="adam", momentum=0.9, beta2=0.999,
 )  # fmt: skip
 SHARE = Share(
-    1, 0.5, struct.pack("<2f", 0.25, -1e-7), 0.5, struct.pack("<3f", 1.0, 2.0, 3.0), 1, 2
+    1, 0.5, struct.pack("<2f", 0.25, -1e-7), 0.5, struct.pack("<3f", 1.0, 2.0, 3.0), 1
 )  # fmt: skip
 RECORDS = [
     DeviceJoined(0, "device-000"),

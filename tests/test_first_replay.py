@@ -141,13 +141,13 @@ def test_a_large_file_begins_anew_with_an_anchor(config, whole, tmp_path, monkey
     """As if the limit were a byte: frames.bin holds the rounds behind the last evaluated one."""
     limit, committed = Ledger.limit_frames, Ledger.committed
 
-    def crash(self, record):
+    def crash(self, record, guarded):
         if record.round == ROUNDS - 1:
             for part in vars(self).values():
                 if hasattr(part, "close"):
                     part.close()
             raise KeyboardInterrupt
-        committed(self, record)
+        committed(self, record, guarded)
 
     monkeypatch.setattr(Ledger, "limit_frames", lambda self, _, anchor: limit(self, 1, anchor))
     monkeypatch.setattr(Ledger, "committed", crash)
