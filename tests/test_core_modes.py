@@ -1,4 +1,4 @@
-"""Every mode replays: barrier and asynchronous, both orders, both feedbacks, each client optimiser."""
+"""Every mode replays: barrier and asynchronous, both orders and feedbacks, all optimisers."""
 
 import itertools
 import random

@@ -248,4 +248,4 @@ def test_the_library_is_in_order(name):
     assert matrix.rows
     assert study.study.question
     frozen = (row.control_of or "frozen client" in row.name for row in matrix.rows)
-        assert any(frozen) or name == "tau-by-cut"
+    assert any(frozen) or name == "tau-by-cut"
