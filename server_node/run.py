@@ -31,25 +31,25 @@ from server_node.actions import (
     Work,
 )
 from server_node.asynchronous import AsynchronousCoordinator
-from server_node.backtracking import Searches, settle, stepped_server
+from server_node.backtracking import settle, stepped_server
 from server_node.checkpoint import Checkpoint
 from server_node.config import Config
 from server_node.coordinator import Coordinator
 from server_node.curvature import trace_of_hessian, warning
-from server_node.displacement import Displacements
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
 from server_node.first_half import FirstHalf
+from server_node.frame_checks import check_frame
 from server_node.guards import Guards, Intervened
 from server_node.half import ServerHalf
 from server_node.journal import Header, RoundClosed
 from server_node.ledger import Ledger
-from server_node.pool import Pool, UsedFrame, UsedTurn
 from server_node.replay import client_commit
 from server_node.resume import History
 from server_node.schedule import step_factor
 from server_node.shares import close_record, server_weight
-from server_node.torch_half import ActivationBatch, Scores, Turn
+from server_node.torch_half import Scores
+from server_node.workbench import Workbench
 from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator, directions_digest
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
@@ -130,17 +130,11 @@ class Run:
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
         # Closed and when; recorded once the next round is on its way.
         self._closed: tuple[CloseRound, float, Intervened] | None = None
-        self._batches: dict[int, ActivationBatch] = {}
-        self._differences: dict[tuple[int, int], Vector] = {}
-        self._stepped: dict[int, list[list[float]]] = {}
-        self._gradients: dict[int, Vector] = {}  # those that were sent, until they are answered
-        self._pool = Pool(config.method.reuse_rounds)
-        if history is not None and history.first is not None and isinstance(half, FirstHalf):
-            half.restore(history.first.optimiser)
-            self._pool.restore(history.first.last_frames)
         past = history.past.journal.records if history is not None else ()
         self.guards = Guards(config.guards, past)
-        self._displacements = Displacements(config)
+        self._bench = Workbench(config, half, self.guards)
+        if history is not None and history.first is not None:
+            self._bench.restore(history.first)
         self._warned = self.guards.curvature is not None and bool(
             warning(config.method, self.guards.curvature)
         )
@@ -268,12 +262,12 @@ class Run:
         if frame.kind is FrameKind.ACTIVATION:
             actions = coordinator.activation(device, frame.round, now_s)
             if not actions:
-                self._batches[device] = self._half.place(frame.tensor, frame.labels)
+                self._bench.place(device, frame)
         else:
             count = len(frame.tensor)
             actions = coordinator.differences(device, frame.round, frame.first_k, count, now_s)
             if not actions:
-                self._differences[device, frame.first_k] = frame.tensor
+                self._bench.differences[device, frame.first_k] = frame.tensor
         self._perform(actions)
 
     def derivatives(self, device: int, answer: Derivatives) -> None:
@@ -362,61 +356,29 @@ class Run:
             self._half.start_round(
                 version, self.config.method.eta_s * self._factor(coordinator.round)
             )
-        turns = [
-            Turn(
-                s.slot,
-                s.device,
-                self._batch(s, coordinator),
-                self._stepped.setdefault(s.device, []),
-            )
-            for s in steps
-        ]
-        rows = self._half.steps(turns, self.guards)
-        if isinstance(self._half, FirstHalf) and coordinator.is_last(steps[0]):
-            rows = rows if self._half.keep() else [[math.nan]]
+        rows = self._bench.step(
+            steps, coordinator.round, coordinator.pool, last=coordinator.is_last(steps[0])
+        )
         pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
         if pad_s > 0 and self._spend is None:
             time.sleep(pad_s)
         coordinator.step_took(self._read_clock_s() - begin_s)
         actions: list[Action] = []
-        for turn, scalars in zip(turns, rows, strict=True):
-            turn.done.append(scalars)
+        for step, scalars in zip(steps, rows, strict=True):
             # Only the last can close the round: those behind it are not complete.
-            actions += coordinator.stepped(turn.device, scalars, self._read_clock_s())
+            actions += coordinator.stepped(step.device, scalars, self._read_clock_s())
         return actions
 
-    def _batch(self, step: Step, coordinator: AnyCoordinator) -> ActivationBatch:
-        """What a step is computed on."""
-        if self.config.method.server_batch == "device":
-            return self._batches[step.device]
-        return self._pool.batch or self._pool.fill(
-            coordinator.round, coordinator.pool, self._batches
-        )
-
     def _measure(self, work: Measure, coordinator: AnyCoordinator) -> list[Action]:
-        copy = self._copy_of(work.device, coordinator)
-        differences = self._differences.pop((work.device, work.first_k))
-        scalars = self._half.measure(
-            copy, self._batches[work.device], differences, self._stepped[copy]
-        )
-        scalars = self.guards.clip_client(work.device, scalars)
-        self._displacements.add(work.device, scalars, differences)
+        scalars = self._bench.measure(work, coordinator.pool)
         return coordinator.measured(work.device, work.first_k, scalars, self._read_clock_s())
 
-    def _copy_of(self, device: int, coordinator: AnyCoordinator) -> int:
-        """The device whose copy is measured for `device`: pooled, the leader's."""
-        return coordinator.pool[0] if coordinator.pool else device
-
     def _send_gradient(self, device: int, number: int) -> None:
-        """Send, or send again, dL/dh at the stepped copy, which the half holds the first time."""
-        if device not in self._gradients:
-            assert self._coordinator is not None
-            copy = self._copy_of(device, self._coordinator)
-            self._gradients[device] = self._half.cut_gradient(
-                copy, self._batches[device], self._stepped[copy]
-            )
+        """Send, or send again, dL/dh at the stepped copy."""
+        assert self._coordinator is not None
+        gradient = self._bench.gradient(device, self._coordinator.pool)
         frame = Frame(
-            FrameKind.CUT_GRADIENT, self.header.run, 0, number, 0, self._gradients[device],
+            FrameKind.CUT_GRADIENT, self.header.run, 0, number, 0, gradient,
             np.empty(0, np.uint32), self.config.wire.encoding,
         )  # fmt: skip
         self._outbox.send_frame(device, frame)
@@ -434,7 +396,7 @@ class Run:
                 case SendGradient():
                     self._send_gradient(action.device, action.round)
                 case Reply():
-                    self._gradients.pop(action.device, None)
+                    self._bench.gradients.pop(action.device, None)
                     payload = np.asarray(action.scalars, "<f4").tobytes()
                     self._outbox.send(
                         action.device, Scalars(self.header.run, action.round, payload)
@@ -454,36 +416,27 @@ class Run:
             self._open_share(opened)
             return
         # Also when a round that lost everybody is opened again: nothing of it counts.
-        self._batches.clear()
-        self._differences.clear()
-        self._stepped.clear()
-        self._gradients.clear()
-        self._pool.clear()
-        self._displacements.clear()
+        self._bench.clear()
         self._half.start_round(opened.round, self.config.method.eta_s * self._factor(opened.round))
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
 
     def _open_share(self, opened: OpenShare) -> None:
-        device = opened.device
-        self._batches.pop(device, None)
-        self._stepped.pop(device, None)
-        self._gradients.pop(device, None)
-        for key in [key for key in self._differences if key[0] == device]:
-            del self._differences[key]
-        self._outbox.send(device, Round(self.header.run, opened.round, [device]))
+        self._bench.clear_device(opened.device)
+        self._outbox.send(opened.device, Round(self.header.run, opened.round, [opened.device]))
 
     def _factor(self, number: int) -> float:
         return step_factor(self.config.method.schedule, number, self.config.run.rounds)
 
     def _close(self, closed: CloseRound) -> None:
-        record = close_record(closed, self.config, self._stepped)
-        self._record_frames(closed)
+        bench = self._bench
+        record = close_record(closed, self.config, bench.stepped)
+        self.ledger.used(closed.round, bench.frames_of(closed))
         devices = [share.device for share in record.shares]
         client_factor = self.guards.adapt_client(devices)
         record = msgspec.structs.replace(record, eta_c=record.eta_c * client_factor)
         record, self.server, self._client, found = settle(
             record, self.header, self._after, self.server, self._client, self._generator,
-            self._searches(record),
+            bench.searches(record),
         )  # fmt: skip
         if isinstance(self._half, FirstHalf):
             self._half.commit(record.eta_g * server_weight(record))
@@ -506,24 +459,6 @@ class Run:
         self._outbox.broadcast(commit)
         self._closed = closed, self._read_clock_s(), intervened
 
-    def _searches(self, record: RoundClosed) -> Searches:
-        """The losses by which the round's step is shortened, where a guard asks for it."""
-        rules, half = self.config.guards, self._half
-        batches = [self._batches[share.device] for share in record.shares]
-        server: Callable[[Vector], float] | None = None
-        if rules.backtrack_server:
-            server = lambda weights: half.pooled_loss(weights, batches)  # noqa: E731
-        moved = self._displacements.of(record)
-        if moved is None:
-            return Searches(server)
-        return Searches(
-            server,
-            lambda weights, fraction: half.pooled_loss(
-                weights,
-                [b._replace(h=b.h + fraction * d) for b, d in zip(batches, moved, strict=True)],
-            ),
-        )
-
     def _after(self, record: RoundClosed) -> Vector:
         """Server weights (d_s,) after a round as it would be journaled."""
         if isinstance(self._half, FirstHalf):
@@ -532,22 +467,12 @@ class Run:
 
     def _curvature(self, half: ServerHalf, devices: list[int]) -> float:
         """Measure the server half's curvature at its base; warn once of a step too long."""
-        trace = trace_of_hessian(half, [self._batches[device] for device in devices])
+        trace = trace_of_hessian(half, self._bench.batches_of(devices))
         text = warning(self.config.method, trace)
         if text and not self._warned:
             self._warned = True
             self._notify({"event": "warning", "text": text})
         return trace
-
-    def _record_frames(self, closed: CloseRound) -> None:
-        """First order: journal what the steps that count were computed on."""
-        if isinstance(self._half, FirstHalf):
-            pooled = self.config.method.server_batch == "pooled"
-            self.ledger.used(closed.round, [
-                UsedTurn(device, self._pool.frames if pooled else
-                         [UsedFrame(device, closed.round, self._batches[device])])
-                for device in closed.stepped or ()
-            ])  # fmt: skip
 
     def _now(self) -> Checkpoint:
         """Both halves as they are before the next round."""
@@ -618,31 +543,3 @@ def _by_slots(steps: list[Step]) -> list[list[Step]]:
             groups.append(free := {})
         free[step.slot] = step
     return [list(group.values()) for group in groups]
-
-
-def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
-    """Raise FrameFaultError unless a frame's encoding, shape, labels and values fit the run."""
-    if frame.encoding not in (config.wire.encoding, "float32"):  # float32 holds what others cannot
-        raise FrameFaultError(f"frame in {frame.encoding}, the run wants {config.wire.encoding}")
-    batch = config.devices.batch
-    shape = (batch, *manifest.activation.shape)
-    name = frame.kind.name.lower()
-    differences = config.method.feedback == "loss_difference"
-    if frame.kind is not FrameKind.ACTIVATION and not (
-        differences and frame.kind is FrameKind.DIFFERENCES
-    ):
-        raise FrameFaultError(f"{name}, which this run's devices do not send")
-    activation = frame.kind is FrameKind.ACTIVATION
-    have = frame.tensor.shape if activation else frame.tensor.shape[1:]
-    labels = batch if activation else 0
-    if have != shape or len(frame.labels) != labels or not len(frame.tensor):
-        raise FrameFaultError(
-            f"{name} of shape {frame.tensor.shape} with {len(frame.labels)} labels, the run wants "
-            f"{shape} with {labels}"
-        )
-    if activation and int(frame.labels.max()) >= manifest.classes:
-        raise FrameFaultError(
-            f"label {int(frame.labels.max())} is outside 0..{manifest.classes - 1}"
-        )
-    if not np.isfinite(frame.tensor).all():
-        raise FrameFaultError(f"{name} holds values that are not finite")
