@@ -136,3 +136,18 @@ def format_option(command: Command) -> Command:
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def default_config() -> Path:
+    """The digits experiment that ships with musplit."""
+    from importlib.resources import files
+
+    return Path(str(files("experiments").joinpath("digits.toml")))
+
+
+def run_folder(config: Path) -> Path:
+    """A new folder named after the configuration and the time."""
+    from datetime import datetime
+
+    stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{config.stem}-{stamp}"
