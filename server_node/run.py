@@ -128,6 +128,7 @@ class Run:
         self._coordinator: AnyCoordinator | None = None
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
+        self._committing = False  # between weights and journal: neither tells of the other
         # Closed and when; recorded once the next round is on its way.
         self._closed: tuple[CloseRound, float, Intervened] | None = None
         self._batches: dict[int, ActivationBatch] = {}
@@ -476,6 +477,7 @@ class Run:
         return step_factor(self.config.method.schedule, number, self.config.run.rounds)
 
     def _close(self, closed: CloseRound) -> None:
+        self._committing = True
         record = close_record(closed, self.config, self._stepped)
         self._record_frames(closed)
         devices = [share.device for share in record.shares]
@@ -503,6 +505,7 @@ class Run:
         commit = client_commit(self.header.run, record, digest)
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
+        self._committing = False
         self._outbox.broadcast(commit)
         self._closed = closed, self._read_clock_s(), intervened
 
@@ -604,9 +607,14 @@ class Run:
         self._end_if_diverged()
         self._history = None
 
+    def stop(self) -> None:
+        """Nothing that is told from now on changes the run, not even one that is cut short."""
+        if self._coordinator is not None and self._coordinator.finished is None:
+            self._coordinator = None
+
     def close(self, reason: str) -> None:
-        """End the journal and close all files."""
-        self.ledger.close(reason, self._now())
+        """End the journal and close all files; in the middle of a commit as a kill would."""
+        self.ledger.close(reason, None if self._committing else self._now())
 
 
 def _by_slots(steps: list[Step]) -> list[list[Step]]:
