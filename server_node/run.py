@@ -135,6 +135,7 @@ class Run:
         self._differences: dict[tuple[int, int], Vector] = {}
         self._stepped: dict[int, list[list[float]]] = {}
         self._gradients: dict[int, Vector] = {}  # those that were sent, until they are answered
+        self._unanswerable: list[tuple[int, int]] = []  # device and round: no finite gradient
         self._pool = Pool(config.method.reuse_rounds)
         if history is not None and history.first is not None and isinstance(half, FirstHalf):
             half.restore(history.first.optimiser)
@@ -284,12 +285,13 @@ class Run:
         scalars = np.frombuffer(answer.scalars, "<f4")
         if self.config.method.feedback != "cut_gradient":
             raise FrameFaultError("derivatives, and the run learns from loss differences")
-        if len(scalars) != self.directions or not np.isfinite(scalars).all():
-            raise FrameFaultError(
-                f"{len(scalars)} derivatives, the run wants {self.directions} finite ones"
-            )
+        if len(scalars) != self.directions:
+            raise FrameFaultError(f"{len(scalars)} derivatives, the run wants {self.directions}")
+        row = scalars.tolist()
+        if device in self._gradients:  # otherwise it is not asked, or has answered
+            row = self.guards.clip_client(device, row)
         now_s = self._read_clock_s()
-        self._perform(self._coordinator.derivatives(device, answer.round, scalars.tolist(), now_s))
+        self._perform(self._coordinator.derivatives(device, answer.round, row, now_s))
 
     def tick(self) -> None:
         """Let time pass."""
@@ -410,12 +412,16 @@ class Run:
 
     def _send_gradient(self, device: int, number: int) -> None:
         """Send, or send again, dL/dh at the stepped copy, which the half holds the first time."""
+        coordinator = self._coordinator
+        assert coordinator is not None
         if device not in self._gradients:
-            assert self._coordinator is not None
-            copy = self._copy_of(device, self._coordinator)
+            copy = self._copy_of(device, coordinator)
             self._gradients[device] = self._half.cut_gradient(
                 copy, self._batches[device], self._stepped[copy]
             )
+        if not np.isfinite(self._gradients[device]).all():  # no device takes that
+            self._unanswerable.append((device, number))
+            return
         frame = Frame(
             FrameKind.CUT_GRADIENT, self.header.run, 0, number, 0, self._gradients[device],
             np.empty(0, np.uint32), self.config.wire.encoding,
@@ -449,6 +455,15 @@ class Run:
         if self._closed is not None:  # the devices compute meanwhile
             settled, self._closed = self._closed, None
             self._settle(*settled)
+        self._give_up_unanswerable()
+
+    def _give_up_unanswerable(self) -> None:
+        """Take gradients that are not finite as answered by scalars that are none either."""
+        while self._unanswerable and self._coordinator is not None and self.finished is None:
+            device, number = self._unanswerable.pop()
+            nothing = [math.nan] * self.directions
+            now_s = self._read_clock_s()
+            self._perform(self._coordinator.derivatives(device, number, nothing, now_s))
 
     def _open(self, opened: OpenRound | OpenShare) -> None:
         if isinstance(opened, OpenShare):
