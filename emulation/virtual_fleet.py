@@ -178,7 +178,9 @@ class VirtualFleet:
             self.traffic.received(_CHUNK_EXTRA_BYTES, chunks)
             self.traffic.down += message.size_bytes
         arrives_s = self._bring(device, size_bytes)
-        if isinstance(message, Round) and device not in self._working:
+        if isinstance(message, Round) and (self._asynchronous or device not in self._working):
+            if device in self._working:  # dropped: what it computes is of no use
+                self._stop(device)
             self._ask(device, message.round)
         elif isinstance(message, Scalars) and self._asynchronous:
             self._working.discard(device)

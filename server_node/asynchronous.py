@@ -140,13 +140,15 @@ class AsynchronousCoordinator:
     def derivatives(
         self, device: int, round_number: int, scalars: list[float], now_s: float
     ) -> list[Action]:
-        """Cut-gradient feedback: a device's K scalars are here, all finite."""
+        """Cut-gradient feedback: a device's K scalars are here; not finite: none can be."""
         share = self._awaited(device, round_number)
         if isinstance(share, Ignore):
             return [share]
         if not share.asked or len(scalars) != self._rules.directions:
             return [Ignore(device, "not asked")]
         self._progress_s = now_s
+        if not all(map(math.isfinite, scalars)):
+            return self._not_finite(device, now_s)
         share.client_scalars = dict(enumerate(scalars))
         return self._commit(device, share, now_s)
 

@@ -139,7 +139,7 @@ class Coordinator:
     def derivatives(
         self, device: int, round_number: int, scalars: list[float], now_s: float
     ) -> list[Action]:
-        """Cut-gradient feedback: a device's K scalars are here, all finite."""
+        """Cut-gradient feedback: a device's K scalars are here; not finite: none can be."""
         share = self._awaited(device, round_number)
         if isinstance(share, Ignore):
             return [share]
@@ -147,9 +147,12 @@ class Coordinator:
             return [Ignore(device, "duplicate"), self._reply(device, share)]
         if not share.asked or len(scalars) != self._rules.directions:
             return [Ignore(device, "not asked")]
+        self._progress_s = now_s
+        if not all(map(math.isfinite, scalars)):
+            self._drop(device, "not finite")
+            return self._close_if_complete(now_s)
         share.client_scalars = dict(enumerate(scalars))
         self._awaiting.discard(device)
-        self._progress_s = now_s
         return [*self._completed(device, share), *self._close_if_complete(now_s)]
 
     def step_took(self, seconds: float) -> None:

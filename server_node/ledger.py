@@ -216,10 +216,14 @@ class Ledger:
             )  # fmt: skip
         return self._recorder.round(metrics)
 
-    def close(self, reason: str, now: Checkpoint) -> None:
-        """The run is over; weights that diverged do not replace those of the checkpoint."""
-        self.verified(now, keep=reason != Outcome.DIVERGED.value)
-        self._journal.append(Ended(reason))
+    def close(self, reason: str, now: Checkpoint | None) -> None:
+        """The run is over; weights that diverged do not replace those of the checkpoint.
+
+        Without weights the journal ends where it is: whether the last commit is in it is unknown.
+        """
+        if now is not None:
+            self.verified(now, keep=reason != Outcome.DIVERGED.value)
+            self._journal.append(Ended(reason))
         self._journal.close()
         if self._frames_file is not None:
             self._frames_file.close()

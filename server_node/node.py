@@ -130,6 +130,7 @@ class Node:
 
     def _end(self, run: Run, reason: str, *, final: bool) -> None:
         """Tell the devices, collect their last reports, close the files."""
+        run.stop()
         self.broadcast(End(run.header.run, final, reason))
         self._ending = True
         self._final_reports.clear()

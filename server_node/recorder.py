@@ -123,10 +123,14 @@ def unmeasured(closed: RoundClosed, tau: int) -> RoundMetrics:
 
 
 def mean_tau(steps: list[int], tau: int) -> int | float:
-    """Mean of the contributions' `steps`; `tau`, the floor, when none is known."""
-    if not any(steps):
+    """Mean of the contributions' `steps`; `tau`, the floor, when none is known.
+
+    Pooled steps are all the lowest device's: those that have none do not count.
+    """
+    known = [count for count in steps if count]
+    if not known:
         return tau
-    mean = sum(steps) / len(steps)
+    mean = sum(known) / len(known)
     return int(mean) if mean.is_integer() else round(mean, 2)
 
 

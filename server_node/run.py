@@ -128,8 +128,10 @@ class Run:
         self._coordinator: AnyCoordinator | None = None
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
+        self._committing = False  # between weights and journal: neither tells of the other
         # Closed and when; recorded once the next round is on its way.
         self._closed: tuple[CloseRound, float, Intervened] | None = None
+        self._unanswerable: list[tuple[int, int]] = []  # device and round: no finite gradient
         past = history.past.journal.records if history is not None else ()
         self.guards = Guards(config.guards, past)
         self._bench = Workbench(config, half, self.guards)
@@ -277,12 +279,13 @@ class Run:
         scalars = np.frombuffer(answer.scalars, "<f4")
         if self.config.method.feedback != "cut_gradient":
             raise FrameFaultError("derivatives, and the run learns from loss differences")
-        if len(scalars) != self.directions or not np.isfinite(scalars).all():
-            raise FrameFaultError(
-                f"{len(scalars)} derivatives, the run wants {self.directions} finite ones"
-            )
+        if len(scalars) != self.directions:
+            raise FrameFaultError(f"{len(scalars)} derivatives, the run wants {self.directions}")
+        row = scalars.tolist()
+        if device in self._gradients:  # otherwise it is not asked, or has answered
+            row = self.guards.clip_client(device, row)
         now_s = self._read_clock_s()
-        self._perform(self._coordinator.derivatives(device, answer.round, scalars.tolist(), now_s))
+        self._perform(self._coordinator.derivatives(device, answer.round, row, now_s))
 
     def tick(self) -> None:
         """Let time pass."""
@@ -377,6 +380,9 @@ class Run:
         """Send, or send again, dL/dh at the stepped copy."""
         assert self._coordinator is not None
         gradient = self._bench.gradient(device, self._coordinator.pool)
+        if not np.isfinite(gradient).all():  # no device takes that
+            self._unanswerable.append((device, number))
+            return
         frame = Frame(
             FrameKind.CUT_GRADIENT, self.header.run, 0, number, 0, gradient,
             np.empty(0, np.uint32), self.config.wire.encoding,
@@ -410,6 +416,15 @@ class Run:
         if self._closed is not None:  # the devices compute meanwhile
             settled, self._closed = self._closed, None
             self._settle(*settled)
+        self._give_up_unanswerable()
+
+    def _give_up_unanswerable(self) -> None:
+        """Take gradients that are not finite as answered by scalars that are none either."""
+        while self._unanswerable and self._coordinator is not None and self.finished is None:
+            device, number = self._unanswerable.pop()
+            nothing = [math.nan] * self.directions
+            now_s = self._read_clock_s()
+            self._perform(self._coordinator.derivatives(device, number, nothing, now_s))
 
     def _open(self, opened: OpenRound | OpenShare) -> None:
         if isinstance(opened, OpenShare):
@@ -428,6 +443,7 @@ class Run:
         return step_factor(self.config.method.schedule, number, self.config.run.rounds)
 
     def _close(self, closed: CloseRound) -> None:
+        self._committing = True
         bench = self._bench
         record = close_record(closed, self.config, bench.stepped)
         self.ledger.used(closed.round, bench.frames_of(closed))
@@ -456,6 +472,7 @@ class Run:
         commit = client_commit(self.header.run, record, digest)
         self._commits.append(commit)
         self._commit_bytes.append(len(encode(commit)))
+        self._committing = False
         self._outbox.broadcast(commit)
         self._closed = closed, self._read_clock_s(), intervened
 
@@ -529,9 +546,14 @@ class Run:
         self._end_if_diverged()
         self._history = None
 
+    def stop(self) -> None:
+        """Nothing that is told from now on changes the run, not even one that is cut short."""
+        if self._coordinator is not None and self._coordinator.finished is None:
+            self._coordinator = None
+
     def close(self, reason: str) -> None:
-        """End the journal and close all files."""
-        self.ledger.close(reason, self._now())
+        """End the journal and close all files; in the middle of a commit as a kill would."""
+        self.ledger.close(reason, None if self._committing else self._now())
 
 
 def _by_slots(steps: list[Step]) -> list[list[Step]]:

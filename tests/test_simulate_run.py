@@ -141,3 +141,30 @@ def test_the_folder_of_a_simulation(tmp_path: Path) -> None:
     assert not (tmp_path / "trace.json").exists()
     with pytest.raises(ConfigError, match="holds a run already"):
         simulate(tiny_config(), tmp_path, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method.server_order=first", "round.mode=asynchronous"),
+        ("method.feedback=cut_gradient", "round.mode=asynchronous"),
+        ("method.feedback=cut_gradient", "method.server_order=first"),
+    ],
+)
+def test_steps_far_too_large_diverge_in_every_mode(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """A gradient that no device takes must not leave everybody waiting."""
+    fields = ("run.rounds=20", "method.eta_s=1e30", "method.eta_c=1e30", *overrides)
+    assert simulated(tmp_path, *fields).result.outcome == "diverged"
+
+
+def test_a_device_whose_work_grew_stale_begins_anew(tmp_path: Path) -> None:
+    played = simulated(
+        tmp_path, "round.mode=asynchronous", "round.staleness_limit=3", "run.rounds=30",
+        "simulation.compute=uniform", "simulation.spread=0", "simulation.mean_s=[1, 1, 2.5]",
+    )  # fmt: skip
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    dropped = [row["dropped"] for row in map(json.loads, lines)]
+    assert sum(dropped) > 2
+    assert played.result.outcome == "complete"
