@@ -282,7 +282,7 @@ class Run:
         if len(scalars) != self.directions:
             raise FrameFaultError(f"{len(scalars)} derivatives, the run wants {self.directions}")
         row = scalars.tolist()
-        if device in self._gradients:  # otherwise it is not asked, or has answered
+        if device in self._bench.gradients:  # otherwise it is not asked, or has answered
             row = self.guards.clip_client(device, row)
         now_s = self._read_clock_s()
         self._perform(self._coordinator.derivatives(device, answer.round, row, now_s))
