@@ -46,7 +46,7 @@ def _axes_of_cost(matrix: Matrix) -> dict[str, Measure]:
     energy = matrix.study.energy
     return {
         "rounds": lambda point: point.round,
-        "simulated seconds": lambda point: point.simulated_s,
+        "simulated seconds": lambda point: point.simulated_s or None,  # 0: nothing takes time
         "MB, both ways, all devices": lambda point: (
             None
             if point.bytes_up is None or point.bytes_down is None

@@ -231,7 +231,7 @@ def _reached(values: list[int | None]) -> str | None:
 
 def _seconds(study: StudyFile, name: str, entry: Entry) -> str | None:
     figures = list(by_seed(entry, study).values())
-    if not figures or any(f["simulated_s"] is None for f in figures):
+    if not figures or not all(f["simulated_s"] for f in figures):  # 0: nothing takes time
         return None
     values = [f[name] for f in figures]
     have = spread(values)
