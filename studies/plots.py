@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -69,6 +70,8 @@ def _curves(path: Path, title: str, matrix: Matrix, entries: Sequence[Entry]) ->
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for panel, (label, measure) in zip(panels, measures.items(), strict=False):
+        # The usual ten colours repeat too soon.
+        panel.set_prop_cycle(color=[colormaps["tab20"](i) for i in range(20)])
         for entry in entries:
             _draw(panel, entry, measure)
         panel.set(xlabel=label, ylabel="test accuracy (%)")
