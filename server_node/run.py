@@ -466,6 +466,9 @@ class Run:
         guarded = self.guards.report(closed.round, devices, found)
         self.ledger.committed(record, guarded)
         intervened = self.guards.closed(record, guarded)
+        assert self._coordinator is not None
+        tau = self._coordinator.tau
+        (tau.lower if self.guards.harmful else tau.raise_)()
         self.rounds_closed += 1
         self.contributions += len(closed.contributions)
         digest = sha256(self.client_state) if self._due(closed.round) else ""

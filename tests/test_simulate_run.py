@@ -168,3 +168,18 @@ def test_a_device_whose_work_grew_stale_begins_anew(tmp_path: Path) -> None:
     dropped = [row["dropped"] for row in map(json.loads, lines)]
     assert sum(dropped) > 2
     assert played.result.outcome == "complete"
+
+
+def test_guards_lower_the_cap_of_adaptive_tau() -> None:
+    """Steps that are taken back leave less and less slack to fill; without guards it is filled."""
+    taus = {}
+    for reject in ("false", "true"):
+        config = tiny_config(
+            "run.rounds=12", "method.tau_mode=adaptive", "method.tau=1", "method.tau_cap=64",
+            "method.eta_s=0.3", "evaluation.control=false", "guards.patience=0",
+            "simulation.compute=uniform", "simulation.spread=0.0", "simulation.mean_s=[1,1,5]",
+            "simulation.server_step_s=0.05", f"guards.reject={reject}",
+        )  # fmt: skip
+        _, rows = simulate_curve(config)
+        taus[reject] = [row.tau for row in rows][-3:]
+    assert max(taus["true"]) < min(taus["false"])
