@@ -111,6 +111,10 @@ class InProcessFleet:
             run.frame(device, frame)
             if self._shuffle is not None and self._shuffle.getrandbits(1):
                 run.work()
+        self._work(run)
+
+    def _work(self, run: Run) -> None:
+        """Compute what can be computed, the devices' answers to cut gradients included."""
         while run.work():
             pass
         while self._gradients:
@@ -135,12 +139,7 @@ class InProcessFleet:
         self._freed.clear()
         for frame in frames:
             run.frame(device, frame)
-        while run.work():
-            pass
-        while self._gradients:
-            self._answer(run)
-            while run.work():
-                pass
+        self._work(run)
         while self._freed and run.finished is None:
             freed = self._freed.popleft()
             run.ready(freed, self._trainers[freed].next_round)

@@ -32,6 +32,7 @@ from server_node.actions import (
     Work,
 )
 from server_node.coordinator import BARREN_ROUNDS
+from server_node.groups import refusal
 from server_node.tau import TauController
 from wire_protocol.directions import participants as draw_participants
 
@@ -128,11 +129,9 @@ class AsynchronousCoordinator:
         share = self._awaited(device, round_number)
         if isinstance(share, Ignore):
             return [share]
-        if first_k in share.received:
-            return [Ignore(device, "duplicate")]
-        overlap = any(first_k < k + n and k < first_k + count for k, n in share.received.items())
-        if overlap or first_k + count > self._rules.directions:
-            return [Ignore(device, "directions out of range")]
+        why = refusal(share.received, first_k, count, self._rules.directions)
+        if why:
+            return [Ignore(device, why)]
         share.received[first_k] = count
         share.unmeasured.add(first_k)
         return self._received(device, share, now_s)
