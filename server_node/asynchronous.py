@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server_node.actions import (
     Action,
@@ -31,25 +31,19 @@ from server_node.actions import (
     Step,
     Work,
 )
+from server_node.attendance import Attendance
 from server_node.coordinator import BARREN_ROUNDS
-from server_node.groups import refusal
+from server_node.progress import Progress
 from server_node.tau import TauController
 from wire_protocol.directions import participants as draw_participants
 
 
-@dataclass
-class _Share:
+@dataclass(kw_only=True)
+class _Share(Progress):
     """The open work of one device."""
 
     version: int  # commits it knows: the round of its batch and directions
     opened_s: float
-    tau: int
-    activation: bool = False
-    received: dict[int, int] = field(default_factory=dict)  # first k -> directions of the group
-    unmeasured: set[int] = field(default_factory=set)  # first k of groups without scalars yet
-    server_scalars: list[list[float]] = field(default_factory=list)
-    client_scalars: dict[int, float] = field(default_factory=dict)
-    asked: bool = False  # was sent the cut gradient
 
 
 class AsynchronousCoordinator:
@@ -57,13 +51,11 @@ class AsynchronousCoordinator:
 
     def __init__(self, rules: Rules, devices: list[int], now_s: float) -> None:
         self._rules = rules
-        self._present = set(devices)
-        self._away_since_s: dict[int, float] = {}
+        self._attendance = Attendance(devices, rules.rejoin_s)
         self._waiting = set(devices)  # present, up to date, without open work
         self._shares: dict[int, _Share] = {}
         self._queue: deque[int] = deque()  # devices whose frames are all here, in that order
         self._dropped: dict[int, str] = {}  # since the last commit
-        self._returned: set[int] = set()  # since the last commit
         self._committed_s = self._progress_s = now_s
         self._barren = 0
         self.tau = TauController(rules.tau, rules.tau_cap)
@@ -87,12 +79,8 @@ class AsynchronousCoordinator:
 
     def joined(self, device: int, next_round: int, now_s: float) -> list[Action]:
         """A device with the weights before `next_round` wants work; it was sent what it misses."""
-        if device not in self._present and device not in self._returned:
-            # Once a commit: a device that comes and goes makes no progress.
-            self._returned.add(device)
+        if self._attendance.joined(device):
             self._progress_s = now_s
-        self._present.add(device)
-        self._away_since_s.pop(device, None)
         share = self._shares.get(device)
         if self.finished or (share is not None and self._in_line(share)):
             return []
@@ -106,10 +94,8 @@ class AsynchronousCoordinator:
 
     def left(self, device: int, now_s: float) -> list[Action]:
         """A device's connection ended; its open work waits `rejoin_s` for it."""
-        if device in self._present:
-            self._present.discard(device)
+        if self._attendance.left(device, now_s):
             self._waiting.discard(device)
-            self._away_since_s[device] = now_s
         return self.tick(now_s)
 
     def activation(self, device: int, round_number: int, now_s: float) -> list[Action]:
@@ -129,11 +115,9 @@ class AsynchronousCoordinator:
         share = self._awaited(device, round_number)
         if isinstance(share, Ignore):
             return [share]
-        why = refusal(share.received, first_k, count, self._rules.directions)
+        why = share.take_group(first_k, count, self._rules.directions)
         if why:
             return [Ignore(device, why)]
-        share.received[first_k] = count
-        share.unmeasured.add(first_k)
         return self._received(device, share, now_s)
 
     def derivatives(
@@ -170,20 +154,17 @@ class AsynchronousCoordinator:
     ) -> list[Action]:
         """A group of loss differences was computed."""
         share = self._shares[device]
-        share.unmeasured.discard(first_k)
-        share.client_scalars.update(enumerate(scalars, first_k))
+        share.take_scalars(first_k, scalars)
         return self._computed(device, share, scalars, now_s)
 
     def tick(self, now_s: float) -> list[Action]:
         """Time has passed: absences, stall."""
         if self.finished:
             return []
-        for device, since_s in list(self._away_since_s.items()):
-            if now_s - since_s >= self._rules.rejoin_s:
-                del self._away_since_s[device]
-                share = self._shares.get(device)
-                if share is not None and not self._delivered(share):
-                    self._drop(device, "left")
+        for device in self._attendance.expired(now_s):
+            share = self._shares.get(device)
+            if share is not None and not share.has_frames(self._rules):
+                self._drop(device, "left")
         if now_s - self._progress_s >= self._rules.stall_s:
             missing = sorted(self._shares)
             awaited = f"devices {missing}" if missing else "a device to come back"
@@ -232,8 +213,7 @@ class AsynchronousCoordinator:
         """When `tick` must be called at the latest, or None."""
         if self.finished:
             return None
-        times = [since_s + self._rules.rejoin_s for since_s in self._away_since_s.values()]
-        return min([*times, self._progress_s + self._rules.stall_s])
+        return min([*self._attendance.wake_times_s(), self._progress_s + self._rules.stall_s])
 
     @property
     def waiting(self) -> bool:
@@ -279,7 +259,7 @@ class AsynchronousCoordinator:
         return self._commit(device, share, now_s)
 
     def _commit(self, device: int, share: _Share, now_s: float) -> list[Action]:
-        in_order = [share.client_scalars[k] for k in sorted(share.client_scalars)]
+        in_order = share.client_scalars_in_order
         staleness = self.round - share.version
         contribution = Contribution(device, in_order, share.server_scalars, staleness)
         if not share.asked:
@@ -299,7 +279,7 @@ class AsynchronousCoordinator:
             CloseRound(self.round, contributions, self._dropped, self._committed_s, stepped)
         ]
         self._dropped = {}
-        self._returned.clear()
+        self._attendance.next_round()
         self._barren = 0
         self._committed_s = now_s
         self.round += 1
@@ -324,7 +304,7 @@ class AsynchronousCoordinator:
         if device in self._queue:
             self._queue.remove(device)
         self._dropped[device] = why
-        if device in self._present:
+        if device in self._attendance.present:
             self._waiting.add(device)
 
     def _open_waiting(self, now_s: float) -> list[Action]:
@@ -335,21 +315,18 @@ class AsynchronousCoordinator:
         chosen = draw_participants(self._rules.run_seed, self.round, sorted(self._waiting), free)
         for device in chosen:
             self._waiting.discard(device)
-            self._shares[device] = _Share(self.round, now_s, self._rules.tau)
+            self._shares[device] = _Share(tau=self._rules.tau, version=self.round, opened_s=now_s)
         return [OpenShare(device, self.round) for device in chosen]
 
     def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
         self.finished = Finish(outcome, detail)
         return [self.finished]
 
-    def _delivered(self, share: _Share) -> bool:
-        return share.activation and sum(share.received.values()) == self._rules.directions
-
     def _in_line(self, share: _Share) -> bool:
         """Whether its server steps can begin, or are under way."""
         if self._rules.cut_gradient:
             return share.activation and not share.asked
-        return self._delivered(share)
+        return share.has_frames(self._rules)
 
     def _slack_s(self, now_s: float) -> float:
         """How long until the frames of the next device are expected: nobody waits until then."""

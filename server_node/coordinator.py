@@ -8,8 +8,6 @@ drive the same machine. It never sees tensors: frames are named by device and fi
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import dataclass, field
 from typing import Final
 
 from server_node.actions import (
@@ -18,7 +16,6 @@ from server_node.actions import (
     Contribution,
     Finish,
     Ignore,
-    Measure,
     OpenRound,
     Outcome,
     Remind,
@@ -28,30 +25,13 @@ from server_node.actions import (
     Step,
     Work,
 )
-from server_node.groups import refusal
+from server_node.attendance import Attendance
 from server_node.tau import TauController
+from server_node.work_queue import RoundShare, WorkQueue
 from wire_protocol.directions import participants as draw_participants
 
 # Rounds in a row without a single finite contribution before the run is called diverged.
 BARREN_ROUNDS: Final = 5
-
-
-@dataclass
-class _Share:
-    """Progress of one participant in the open round."""
-
-    rank: int  # among the participants
-    tau: int
-    activation: bool = False
-    server_scalars: list[list[float]] = field(default_factory=list)
-    received: dict[int, int] = field(default_factory=dict)  # first k -> directions of the group
-    unmeasured: set[int] = field(default_factory=set)  # first k of groups without scalars yet
-    client_scalars: dict[int, float] = field(default_factory=dict)
-    dropped: str = ""
-    queued: bool = False
-    stepped: bool = False  # all its server steps are computed, and finite
-    asked: bool = False  # was sent the cut gradient
-    complete: bool = False
 
 
 class Coordinator:
@@ -59,14 +39,10 @@ class Coordinator:
 
     def __init__(self, rules: Rules, devices: list[int], now_s: float) -> None:
         self._rules = rules
-        self._present = set(devices)
-        self._away_since_s: dict[int, float] = {}
-        self._gone: set[int] = set()
-        self._returned: set[int] = set()  # in the open round
-        self._shares: dict[int, _Share] = {}
+        self._attendance = Attendance(devices, rules.rejoin_s)
+        self._shares: dict[int, RoundShare] = {}
         self._awaiting: set[int] = set()  # participants that have not delivered all their frames
-        self._queue: deque[int] = deque()  # devices that can be stepped for, in order of arrival
-        self._pool: list[int] = []  # pooled: the devices of the steps, ascending
+        self._work = WorkQueue(rules, self._shares)
         self._opened_s = self._progress_s = self._deadline_from_s = now_s
         self._deadline_over = False
         self._barren = 0
@@ -82,13 +58,8 @@ class Coordinator:
 
     def joined(self, device: int, now_s: float) -> list[Action]:
         """A device is (back) in touch; returns what it must be told of the open round."""
-        if device not in self._present and device not in self._returned:
-            # Once a round: a device that comes and goes makes no progress.
-            self._returned.add(device)
+        if self._attendance.joined(device):
             self._progress_s = now_s
-        self._present.add(device)
-        self._away_since_s.pop(device, None)
-        self._gone.discard(device)
         share = self._shares.get(device)
         if self.finished or share is None or share.dropped:
             return self._open(self.round, now_s) if self._idle() else []
@@ -102,9 +73,7 @@ class Coordinator:
 
     def left(self, device: int, now_s: float) -> list[Action]:
         """A device's connection ended; its round waits `rejoin_s` for it."""
-        if device in self._present:
-            self._present.discard(device)
-            self._away_since_s[device] = now_s
+        self._attendance.left(device, now_s)
         return self.tick(now_s)
 
     def activation(self, device: int, round_number: int, now_s: float) -> list[Action]:
@@ -115,7 +84,6 @@ class Coordinator:
         if share.activation:
             return [Ignore(device, "duplicate")]
         share.activation = True
-        self._line_up(device, share)
         self._arrived(device, share, now_s)
         return []
 
@@ -126,12 +94,9 @@ class Coordinator:
         share = self._awaited(device, round_number)
         if isinstance(share, Ignore):
             return [share]
-        why = refusal(share.received, first_k, count, self._rules.directions)
+        why = share.take_group(first_k, count, self._rules.directions)
         if why:
             return [Ignore(device, why)]
-        share.received[first_k] = count
-        share.unmeasured.add(first_k)
-        self._line_up(device, share)
         self._arrived(device, share, now_s)
         return []
 
@@ -166,7 +131,7 @@ class Coordinator:
             self._plan(share, now_s)
         self._progress_s = now_s
         actions: list[Action] = []
-        group = self._pool or [device]
+        group = self._work.pool or [device]
         if not all(map(math.isfinite, scalars)):
             for member in group:
                 self._drop(member, "not finite")
@@ -180,8 +145,7 @@ class Coordinator:
     ) -> list[Action]:
         """A group of loss differences was computed."""
         share = self._shares[device]
-        share.unmeasured.discard(first_k)
-        share.client_scalars.update(enumerate(scalars, first_k))
+        share.take_scalars(first_k, scalars)
         self._progress_s = now_s
         if not all(map(math.isfinite, scalars)):
             self._drop(device, "not finite")
@@ -191,11 +155,8 @@ class Coordinator:
         """Time has passed: absences, deadline, stall."""
         if self.finished:
             return []
-        for device, since_s in list(self._away_since_s.items()):
-            if now_s - since_s >= self._rules.rejoin_s:
-                del self._away_since_s[device]
-                self._gone.add(device)
-                self._drop(device, "left")
+        for device in self._attendance.expired(now_s):
+            self._drop(device, "left")
         if self._deadline_passed(now_s):
             self._deadline_over = True
             delivered = [d for d, share in self._live() if self._in_time(share)]
@@ -216,67 +177,22 @@ class Coordinator:
     # -- questions ---------------------------------------------------------------------------
 
     def next_work(self) -> Work | None:
-        """The most useful piece of work, or None.
-
-        Answers first; otherwise the steps of the device whose activation came first, all tau of
-        them, so that the working copy is rebuilt as rarely as possible. Pooled steps begin when
-        every activation is here that is still awaited.
-        """
-        if self._rules.pooled and not self._fill_pool():
-            return None
-        stepping: Work | None = None
-        while self._queue and self._over(self._queue[0]):
-            self._queue.popleft()
-        for device in self._queue:
-            share = self._shares[device]
-            if share.dropped or share.complete:
-                continue
-            if not share.stepped:
-                stepping = stepping or self._step(device)
-                if self._rules.replicas == 1:  # those behind it have no steps yet
-                    break
-            elif share.unmeasured:
-                return Measure(device, min(share.unmeasured))
-        return stepping
+        """The most useful piece of work, or None."""
+        return self._work.next()
 
     def batch(self, first: Step) -> list[Step]:
-        """The steps to compute at once: `first`, and of each other slot the device that came first.
-
-        A device's slot is its rank among the round's participants, modulo the replicas: it does
-        not depend on who arrived when.
-        """
-        if self._rules.replicas == 1:
-            return [first]
-        steps = {first.slot: first}
-        for device in self._queue:
-            share = self._shares[device]
-            if not share.dropped and not share.stepped:
-                step = self._step(device)
-                steps.setdefault(step.slot, step)
-        return list(steps.values())
+        """The steps to compute at once, beginning with `first`; one of each replica."""
+        return self._work.batch(first)
 
     def all_work(self) -> list[Work]:
         """A piece of every device that has one: a step, or when it has all a measurement."""
-        if self._rules.pooled or self._rules.first_order:  # one copy, in one go
-            work = self.next_work()
-            return [work] if work is not None else []
-        pieces: list[Work] = []
-        for device in self._queue:
-            share = self._shares[device]
-            if share.dropped or share.complete:
-                continue
-            if not share.stepped:
-                pieces.append(self._step(device))
-            elif share.unmeasured:
-                pieces.append(Measure(device, min(share.unmeasured)))
-        return pieces
+        return self._work.all()
 
     def wake_s(self) -> float | None:
         """When `tick` must be called at the latest, or None."""
         if self.finished:
             return None
-        times = [since_s + self._rules.rejoin_s for since_s in self._away_since_s.values()]
-        times.append(self._progress_s + self._rules.stall_s)
+        times = [*self._attendance.wake_times_s(), self._progress_s + self._rules.stall_s]
         if self._rules.deadline_s and self._shares and not self._deadline_over:
             times.append(self._deadline_from_s + self._rules.deadline_s)
         return min(times)
@@ -289,7 +205,7 @@ class Coordinator:
     @property
     def pool(self) -> list[int]:
         """Pooled: the devices of the open round whose frames are stepped on, ascending."""
-        return self._pool
+        return self._work.pool
 
     @property
     def waiting(self) -> bool:
@@ -298,20 +214,15 @@ class Coordinator:
 
     # -- inside ------------------------------------------------------------------------------
 
-    def _step(self, device: int) -> Step:
-        """The next step of a device; pooled: of the leader."""
-        device = self._pool[0] if self._pool else device
-        share = self._shares[device]
-        return Step(device, len(share.server_scalars), share.rank % self._rules.replicas)
-
-    def _arrived(self, device: int, share: _Share, now_s: float) -> None:
+    def _arrived(self, device: int, share: RoundShare, now_s: float) -> None:
         self._progress_s = now_s
+        self._work.line_up(device, has_all=self._delivered(share))
         if self._delivered(share):
             self._awaiting.discard(device)
             self.tau.arrived(device, now_s - self._opened_s)
             self._hurry()
 
-    def _plan(self, share: _Share, now_s: float) -> None:
+    def _plan(self, share: RoundShare, now_s: float) -> None:
         """Give a device, after its first step, the steps that its part of the slack holds.
 
         The slack lasts until the last frame of the round is expected. The devices of a slot that
@@ -341,23 +252,6 @@ class Coordinator:
             for _, share in self._live():
                 share.tau = min(share.tau, max(self._rules.tau, len(share.server_scalars) + 1))
 
-    def _line_up(self, device: int, share: _Share) -> None:
-        """With its activation; with all frames where its copy must be measured at once."""
-        rules = self._rules
-        at_once = rules.first_order and not rules.pooled and not rules.cut_gradient
-        here = self._delivered(share) if at_once else share.activation
-        if here and not share.queued:
-            share.queued = True
-            self._queue.append(device)
-
-    def _fill_pool(self) -> bool:
-        """True when the pooled steps can be computed, or are."""
-        if not self._pool:
-            live = self._live()
-            if live and all(share.activation for _, share in live):
-                self._pool = sorted(device for device, _ in live)
-        return bool(self._pool)
-
     def _all_stepped(self, device: int, now_s: float) -> list[Action]:
         share = self._shares[device]
         share.stepped = True
@@ -368,7 +262,7 @@ class Coordinator:
             self._deadline_from_s, self._deadline_over = now_s, False
         return [SendGradient(device, self.round)]
 
-    def _awaited(self, device: int, round_number: int) -> _Share | Ignore:
+    def _awaited(self, device: int, round_number: int) -> RoundShare | Ignore:
         share = self._shares.get(device)
         if self.finished or round_number < self.round:
             return Ignore(device, "late")
@@ -378,7 +272,7 @@ class Coordinator:
             return Ignore(device, "late")
         return share
 
-    def _completed(self, device: int, share: _Share) -> list[Action]:
+    def _completed(self, device: int, share: RoundShare) -> list[Action]:
         """The reply, when nothing is missing any more."""
         if share.dropped or not share.stepped:
             return []
@@ -387,8 +281,8 @@ class Coordinator:
         share.complete = True
         return [self._reply(device, share)]
 
-    def _reply(self, device: int, share: _Share) -> Reply:
-        return Reply(device, self.round, _in_order(share.client_scalars))
+    def _reply(self, device: int, share: RoundShare) -> Reply:
+        return Reply(device, self.round, share.client_scalars_in_order)
 
     def _drop(self, device: int, why: str) -> None:
         share = self._shares.get(device)
@@ -401,12 +295,12 @@ class Coordinator:
         if self.finished or not self._shares or not all(s.complete for _, s in self._live()):
             return []
         contributions = [
-            Contribution(device, _in_order(share.client_scalars), share.server_scalars)
+            Contribution(device, share.client_scalars_in_order, share.server_scalars)
             for device, share in sorted(self._shares.items())
             if share.complete
         ]
         dropped = {device: share.dropped for device, share in self._shares.items() if share.dropped}
-        if not contributions and "left" in dropped.values() and not self._candidates():
+        if not contributions and "left" in dropped.values() and not self._attendance.candidates():
             # Everybody left: the round stays open for whoever comes back.
             self._forget_round()
             return []
@@ -426,15 +320,14 @@ class Coordinator:
     def _stepped_devices(self) -> list[int] | None:
         """See CloseRound.stepped."""
         if self._rules.pooled:
-            return [device for device in self._pool[:1] if self._shares[device].stepped]
+            return [device for device in self._work.pool[:1] if self._shares[device].stepped]
         if not self._rules.first_order:
             return None
         return sorted(device for device, share in self._shares.items() if share.stepped)
 
     def _forget_round(self) -> None:
-        self._shares = {}
-        self._queue.clear()
-        self._pool = []
+        self._shares.clear()
+        self._work.clear()
 
     def _open(self, number: int, now_s: float) -> list[Action]:
         self.round = number
@@ -442,11 +335,13 @@ class Coordinator:
             return self._finish(Outcome.COMPLETE, f"{self._rules.rounds} rounds")
         self._opened_s = self._progress_s = self._deadline_from_s = now_s
         self._deadline_over = False
-        self._returned.clear()
+        self._attendance.next_round()
         chosen = draw_participants(
-            self._rules.run_seed, number, self._candidates(), self._rules.participants
+            self._rules.run_seed, number, self._attendance.candidates(), self._rules.participants
         )
-        self._shares = {device: _Share(rank, self._rules.tau) for rank, device in enumerate(chosen)}
+        self._forget_round()
+        for rank, device in enumerate(chosen):
+            self._shares[device] = RoundShare(tau=self._rules.tau, rank=rank)
         self._awaiting = set(chosen)
         return [OpenRound(number, chosen)] if chosen else []
 
@@ -457,19 +352,15 @@ class Coordinator:
     def _idle(self) -> bool:
         return not self.finished and not self._shares and 0 <= self.round < self._rules.rounds
 
-    def _candidates(self) -> list[int]:
-        """Devices that may be drawn: present, or away for less than `rejoin_s`."""
-        return sorted((self._present | set(self._away_since_s)) - self._gone)
-
-    def _live(self) -> list[tuple[int, _Share]]:
+    def _live(self) -> list[tuple[int, RoundShare]]:
         return [(device, share) for device, share in self._shares.items() if not share.dropped]
 
-    def _delivered(self, share: _Share) -> bool:
+    def _delivered(self, share: RoundShare) -> bool:
         if self._rules.cut_gradient:
             return share.activation and len(share.client_scalars) == self._rules.directions
-        return share.activation and sum(share.received.values()) == self._rules.directions
+        return share.has_frames(self._rules)
 
-    def _in_time(self, share: _Share) -> bool:
+    def _in_time(self, share: RoundShare) -> bool:
         """Whether a deadline that acts now spares a participant.
 
         Pooled, nobody can answer the gradient before all activations are here or given up.
@@ -478,14 +369,6 @@ class Coordinator:
             return share.activation
         return self._delivered(share)
 
-    def _over(self, device: int) -> bool:
-        share = self._shares[device]
-        return share.complete or bool(share.dropped)
-
     def _deadline_passed(self, now_s: float) -> bool:
         deadline_s = self._rules.deadline_s
         return bool(self._shares) and deadline_s > 0 and now_s >= self._deadline_from_s + deadline_s
-
-
-def _in_order(scalars: dict[int, float]) -> list[float]:
-    return [scalars[k] for k in sorted(scalars)]
