@@ -247,7 +247,7 @@ class VirtualFleet:
         trainer = Trainer(
             self.run.welcome(device, 0, self._manifest_bytes), boards.session, boards.bundle,
             boards.shards[device], self._queue.read_s,
-            Shared(self.run.client_half, self._generator),
+            Shared(self.run.halves.client, self._generator),
         )  # fmt: skip
         trainer.next_round = number
         return trainer

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +21,6 @@ from server_node.actions import (
     Measure,
     OpenRound,
     OpenShare,
-    Outcome,
     Remind,
     Reply,
     Rules,
@@ -31,45 +29,34 @@ from server_node.actions import (
     Work,
 )
 from server_node.asynchronous import AsynchronousCoordinator
-from server_node.backtracking import settle, stepped_server
-from server_node.checkpoint import Checkpoint
 from server_node.config import Config
 from server_node.coordinator import Coordinator
-from server_node.curvature import trace_of_hessian, warning
 from server_node.errors import FrameFaultError
 from server_node.evaluation import Evaluator
 from server_node.first_half import FirstHalf
 from server_node.frame_checks import check_frame
-from server_node.guards import Guards, Intervened
+from server_node.guards import Intervened
 from server_node.half import ServerHalf
-from server_node.journal import Header, RoundClosed
+from server_node.halves import Halves
+from server_node.journal import Header
 from server_node.ledger import Ledger
-from server_node.replay import client_commit
 from server_node.resume import History
-from server_node.schedule import step_factor
-from server_node.shares import close_record, server_weight
 from server_node.torch_half import Scores
-from server_node.workbench import Workbench
-from wire_protocol.client_optimiser import ClientState
-from wire_protocol.directions import DirectionGenerator, directions_digest
+from wire_protocol.directions import directions_digest
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
-from wire_protocol.manifest import Manifest, sha256
+from wire_protocol.manifest import Manifest
 from wire_protocol.messages import (
-    Commit,
     Derivatives,
     DownMessage,
     Round,
     Scalars,
     Snapshot,
     Welcome,
-    encode,
 )
 
 Vector = NDArray[np.float32]
 AnyCoordinator = Coordinator | AsynchronousCoordinator
 
-# A test loss this many times the first one never came back in any run seen.
-DIVERGED_FACTOR: Final = 10.0
 _MIN_IDLE_S: Final = 0.001
 # Commits sent for one `ready`: the next round makes a device that still misses some ask again.
 _CATCH_UP_COMMITS: Final = 256
@@ -110,63 +97,59 @@ class Run:
         `spend` lets the time of a virtual clock pass that pieces of work take.
         """
         self.config, self.header, self.ledger = config, header, ledger
-        self._initial = client, server
         self._history = history
         self._read_clock_s, self._spend = read_clock_s, spend
-        self._client = (
-            ClientState(header.client_rule, client) if history is None else history.client
-        )
-        self.server = server.copy() if history is None else history.server
         self.finished: Finish | None = None
-        self.scores: Scores | None = None
-        closed = history.past.rounds if history is not None else []
-        self.rounds_closed, self.contributions = len(closed), sum(len(r.shares) for r in closed)
-        self._manifest, self._half, self._evaluator = manifest, half, evaluator
+        self.halves = Halves(
+            config, header, half, evaluator, client, server, ledger, notify, history
+        )
+        self.guards, self._bench = self.halves.guards, self.halves.bench
+        self._manifest = manifest
         self._outbox, self._notify = outbox, notify
-        self._first_loss = math.inf
-        self._generator = DirectionGenerator()
         self._coordinator: AnyCoordinator | None = None
-        self._commits: list[Commit] = history.commits if history is not None else []
-        self._commit_bytes = [len(encode(commit)) for commit in self._commits]
-        self._committing = False  # between weights and journal: neither tells of the other
         # Closed and when; recorded once the next round is on its way.
         self._closed: tuple[CloseRound, float, Intervened] | None = None
         self._unanswerable: list[tuple[int, int]] = []  # device and round: no finite gradient
-        past = history.past.journal.records if history is not None else ()
-        self.guards = Guards(config.guards, past)
-        self._bench = Workbench(config, half, self.guards)
-        if history is not None and history.first is not None:
-            self._bench.restore(history.first)
-        self._warned = self.guards.curvature is not None and bool(
-            warning(config.method, self.guards.curvature)
-        )
 
     @property
     def client(self) -> Vector:
         """Weights (d_c,) of the client half."""
-        return self._client.theta
+        return self.halves.client.theta
 
     @property
-    def client_half(self) -> ClientState:
-        """The client half as devices have it that applied all commits; not to be written to."""
-        return self._client
+    def server(self) -> Vector:
+        """Weights (d_s,) of the server half."""
+        return self.halves.server
 
     @property
     def client_state(self) -> Vector:
-        """They and the optimiser's state: what digests are of, and snapshots carry."""
-        return self._client.state
+        """Client weights and optimiser state: what digests are of, and snapshots carry."""
+        return self.halves.client.state
+
+    @property
+    def rounds_closed(self) -> int:
+        """Commits so far."""
+        return self.halves.rounds_closed
+
+    @property
+    def contributions(self) -> int:
+        """Of all closed rounds."""
+        return self.halves.contributions
+
+    @property
+    def scores(self) -> Scores | None:
+        """Of the last evaluation."""
+        return self.halves.scores
 
     # -- events ------------------------------------------------------------------------------
 
     def start(self, devices: list[int]) -> None:
         """Everybody is ready: score the initial weights, open the first round, or the next."""
         method, rule = self.config.method, self.config.round
-        client, server = self._initial
-        self._half.load(server)
-        self.scores = self._evaluator.scores(client, self._half)
-        self._first_loss = self.scores.loss
+        self.halves.score_initial()
         if self._history is not None:
-            self._catch_up(self._history)
+            self.finished = self.halves.catch_up(self._history)
+            self._history = None
             if self.finished is not None:
                 return
         rules = Rules(
@@ -236,16 +219,14 @@ class Run:
             self._perform(coordinator.joined(device, now_s))
 
     def _send_missing(self, device: int, next_round: int) -> None:
-        known = next_round <= len(self._commits)
-        # Of weights that are none (model.perturb "none") there is no snapshot.
-        if not known or 0 < self.client_state.nbytes < sum(self._commit_bytes[next_round:]):
-            digest = self._outbox.offer_blob(self.client_state.astype("<f4").tobytes())
-            size_bytes = self.client_state.nbytes
-            self._outbox.send(
-                device, Snapshot(self.header.run, len(self._commits), digest, size_bytes)
-            )
+        commits = self.halves.missed_commits(next_round)
+        if commits is None:
+            state = self.client_state
+            digest = self._outbox.offer_blob(state.astype("<f4").tobytes())
+            now_round = self.rounds_closed
+            self._outbox.send(device, Snapshot(self.header.run, now_round, digest, state.nbytes))
         else:
-            for commit in self._commits[next_round : next_round + _CATCH_UP_COMMITS]:
+            for commit in commits[:_CATCH_UP_COMMITS]:
                 self._outbox.send(device, commit)
 
     def left(self, device: int) -> None:
@@ -356,9 +337,7 @@ class Run:
         if isinstance(coordinator, AsynchronousCoordinator) and not steps[0].step:
             # Its directions are those of its version; the size is that of the commit it becomes.
             version = coordinator.version(steps[0].device)
-            self._half.start_round(
-                version, self.config.method.eta_s * self._factor(coordinator.round)
-            )
+            self.halves.start_round(version, coordinator.round)
         rows = self._bench.step(
             steps, coordinator.round, coordinator.pool, last=coordinator.is_last(steps[0])
         )
@@ -432,122 +411,27 @@ class Run:
             return
         # Also when a round that lost everybody is opened again: nothing of it counts.
         self._bench.clear()
-        self._half.start_round(opened.round, self.config.method.eta_s * self._factor(opened.round))
+        self.halves.start_round(opened.round, opened.round)
         self._outbox.broadcast(Round(self.header.run, opened.round, opened.participants))
 
     def _open_share(self, opened: OpenShare) -> None:
         self._bench.clear_device(opened.device)
         self._outbox.send(opened.device, Round(self.header.run, opened.round, [opened.device]))
 
-    def _factor(self, number: int) -> float:
-        return step_factor(self.config.method.schedule, number, self.config.run.rounds)
-
     def _close(self, closed: CloseRound) -> None:
-        self._committing = True
-        bench = self._bench
-        record = close_record(closed, self.config, bench.stepped)
-        self.ledger.used(closed.round, bench.frames_of(closed))
-        devices = [share.device for share in record.shares]
-        client_factor = self.guards.adapt_client(devices)
-        record = msgspec.structs.replace(record, eta_c=record.eta_c * client_factor)
-        record, self.server, self._client, found = settle(
-            record, self.header, self._after, self.server, self._client, self._generator,
-            bench.searches(record),
-        )  # fmt: skip
-        if isinstance(self._half, FirstHalf):
-            self._half.commit(record.eta_g * server_weight(record))
-        else:
-            self._half.load(self.server)
-        found |= {"client_factor": client_factor, **self.guards.losses(devices)}
-        # Curvature grows fastest in the first rounds: 0, 1, 2, 4, 8, ..
-        due = not closed.round & (closed.round - 1) or self._due(closed.round)
-        if devices and due and isinstance(self._half, ServerHalf):
-            found["curvature_server"] = self._curvature(self._half, devices)
-        guarded = self.guards.report(closed.round, devices, found)
-        self.ledger.committed(record, guarded)
-        intervened = self.guards.closed(record, guarded)
+        commit, intervened = self.halves.close(closed)
         assert self._coordinator is not None
         tau = self._coordinator.tau
         (tau.lower if self.guards.harmful else tau.raise_)()
-        self.rounds_closed += 1
-        self.contributions += len(closed.contributions)
-        digest = sha256(self.client_state) if self._due(closed.round) else ""
-        commit = client_commit(self.header.run, record, digest)
-        self._commits.append(commit)
-        self._commit_bytes.append(len(encode(commit)))
-        self._committing = False
         self._outbox.broadcast(commit)
         self._closed = closed, self._read_clock_s(), intervened
 
-    def _after(self, record: RoundClosed) -> Vector:
-        """Server weights (d_s,) after a round as it would be journaled."""
-        if isinstance(self._half, FirstHalf):
-            return self._half.after(record.eta_g * server_weight(record))
-        return stepped_server(record, self.header, self.server, self._generator)
-
-    def _curvature(self, half: ServerHalf, devices: list[int]) -> float:
-        """Measure the server half's curvature at its base; warn once of a step too long."""
-        trace = trace_of_hessian(half, self._bench.batches_of(devices))
-        text = warning(self.config.method, trace)
-        if text and not self._warned:
-            self._warned = True
-            self._notify({"event": "warning", "text": text})
-        return trace
-
-    def _now(self) -> Checkpoint:
-        """Both halves as they are before the next round."""
-        now = Checkpoint(self.rounds_closed, self.client_state, self.server)
-        if isinstance(self._half, FirstHalf):
-            now = now._replace(optimiser=self._half.optimiser_state)
-        return now
-
-    def _due(self, number: int) -> bool:
-        """True for rounds that are evaluated."""
-        last = number + 1 == self.config.run.rounds
-        return last or (number + 1) % self.config.evaluation.every == 0
-
     def _settle(self, closed: CloseRound, closed_s: float, guarded: Intervened) -> None:
         """Evaluate, checkpoint and record a closed round."""
-        due = self._due(closed.round)
-        if due:
-            self._evaluate()
-        scores = self.scores if due else None
+        scores, finish = self.halves.settle(closed)
         row = self.ledger.measured(closed, closed_s, self.config.method.tau, scores, guarded)
         self._notify({"event": "round", **row})
-        self._end_if_diverged()
-
-    def _end_if_diverged(self) -> None:
-        if self.guards.diverged and not self.complete:
-            self.finished = Finish(Outcome.DIVERGED, self.guards.diverged)
-
-    def _evaluate(self) -> None:
-        """Score the weights, journal their digests, and keep those that did not diverge."""
-        self.scores = self._evaluator.scores(self.client, self._half)
-        good = self.scores.loss <= DIVERGED_FACTOR * self._first_loss
-        if not good:
-            self.finished = Finish(
-                Outcome.DIVERGED,
-                f"test loss {self.scores.loss:.3g} after round {self.rounds_closed - 1} against "
-                f"{self._first_loss:.3g} at the start; use smaller steps",
-            )
-        keep = good and not self.guards.doubtful
-        now = self._now()
-        self.ledger.verified(now, keep=keep)
-        if keep:
-            self.ledger.limit_frames(self.config.server.frames_mb << 20, now)
-
-    def _catch_up(self, history: History) -> None:
-        """Do for the last round what the server was stopped in, after its commit."""
-        self._half.load(self.server)
-        rounds = history.past.rounds
-        due = self._due(len(rounds) - 1)
-        if due and len(rounds) not in history.past.digests:
-            self._evaluate()
-        elif due:
-            self.scores = self._evaluator.scores(self.client, self._half)
-        self.ledger.catch_up(rounds, self.config.method.tau, self.scores if due else None)
-        self._end_if_diverged()
-        self._history = None
+        self.finished = finish or self.finished
 
     def stop(self) -> None:
         """Nothing that is told from now on changes the run, not even one that is cut short."""
@@ -556,7 +440,7 @@ class Run:
 
     def close(self, reason: str) -> None:
         """End the journal and close all files; in the middle of a commit as a kill would."""
-        self.ledger.close(reason, None if self._committing else self._now())
+        self.ledger.close(reason, self.halves.checkpoint())
 
 
 def _by_slots(steps: list[Step]) -> list[list[Step]]:

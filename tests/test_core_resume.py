@@ -263,7 +263,7 @@ def test_a_trace_with_a_torn_end_is_continued(config, run):
 
 
 def test_weights_that_diverged_do_not_replace_the_last_good_ones(config, run, monkeypatch):
-    monkeypatch.setattr("server_node.run.DIVERGED_FACTOR", 1.5)
+    monkeypatch.setattr("server_node.halves.DIVERGED_FACTOR", 1.5)
     steep = tiny_config(
         "run.rounds=60", "evaluation.every=1", "method.schedule=constant", "method.eta_c=0.0",
         "method.eta_s=1.0",
