@@ -4,6 +4,7 @@ wire_protocol.errors.InputError
 |- ShardError    the data shard cannot be read, or does not fit the model
 |- BundleError   the client bundle is missing, damaged, or another one
 |- StateError    the state folder cannot be used
+|- PaceError     this machine cannot stand for a board, or the file about it is wrong
 """
 
 from __future__ import annotations
@@ -21,3 +22,7 @@ class BundleError(InputError):
 
 class StateError(InputError):
     """The state folder cannot be used."""
+
+
+class PaceError(InputError):
+    """This machine cannot stand for a board, or the file that says which is wrong."""
