@@ -288,9 +288,7 @@ class Agent:
             return
         check_shard(self._shard, bundle.manifest)
         pacing = self._pacing(welcome, bundle)
-        session = PacedSession(
-            ClientSession(bundle, welcome.batch, self._settings.threads), pacing
-        )
+        session = PacedSession(ClientSession(bundle, welcome.batch, self._settings.threads), pacing)
         self._trainer = Trainer(welcome, session, bundle, self._shard, time.monotonic)
         saved = self._store.load_weights(self._trainer.scratch)
         # Saved rounds that the server has lost count for nothing.
@@ -312,7 +310,9 @@ class Agent:
         if settings.stand_in is None:
             return Pacing(settings.speed, delay_s=lambda _: settings.delay_s)
         pacing = settings.stand_in.pacing(welcome, bundle)
-        self._say(f"stands for {settings.stand_in.board}: {1e3 * pacing.forward_s:.3g} ms a forward")
+        self._say(
+            f"stands for {settings.stand_in.board}: {1e3 * pacing.forward_s:.3g} ms a forward"
+        )
         return pacing
 
     # -- training ----------------------------------------------------------------------------

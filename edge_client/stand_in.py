@@ -93,11 +93,27 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
                 return entry.step_s / (2 * entry.directions + 1)
         return None
 
+    def known_s(self, digest: str, batch: int, directions: int) -> float | None:
+        """What `pacing` held the forwards to, if devices have asked for it already."""
+        calibrated_s = self.calibrated_s(digest, batch)
+        if calibrated_s is not None:
+            return calibrated_s
+        try:
+            text = self._known(digest, batch, directions).read_text(encoding="ascii")
+        except OSError:
+            return None
+        return float(text) * self.ratio
+
+    def _known(self, digest: str, batch: int, directions: int) -> Path:
+        """The file that holds what a forward takes here."""
+        shown = min(directions, _DIRECTIONS)
+        return Path(self.turns) / f"{digest}-{batch}-{shown}-{self.host_threads}"
+
     def _here_s(self, welcome: Welcome, bundle: Bundle) -> float:
         """A forward here, with its perturbation: measured by whoever comes first."""
         directions = min(welcome.directions, _DIRECTIONS)
-        folder = Path(self.turns)
-        known = folder / f"{bundle.digest}-{welcome.batch}-{directions}-{self.host_threads}"
+        known = self._known(bundle.digest, welcome.batch, directions)
+        folder = known.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "turn").open("wb") as turn:

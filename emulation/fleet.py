@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta, field
@@ -146,11 +146,3 @@ def _profile(path: Path, where: str, name: str) -> Profile:
         return load_profile(str(beside) if beside.suffix.startswith(".toml") else name)
     except ProfileError as error:
         raise FleetFileError(f"{path}: {where}: {error}") from error
-
-
-def as_rows(devices: list[EmulatedDevice]) -> list[dict[str, Any]]:
-    """Device by device what is emulated, for the summary."""
-    return [
-        {"device": index, "profile": device.profile.name, **msgspec.to_builtins(device.link)}
-        for index, device in enumerate(devices)
-    ]

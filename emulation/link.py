@@ -176,7 +176,9 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way:
             await delivering
 
 
-async def _deliver(underway: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+async def _deliver(
+    underway: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter
+) -> None:
     """Write each piece when it has arrived; an empty one is the end."""
     loop = asyncio.get_running_loop()
     try:
