@@ -28,7 +28,7 @@ class StateError(InputError):
 
 
 class PaceError(InputError):
-    """This machine cannot stand for a board, or the file that says which is wrong."""
+    """A board that this machine cannot stand for, or a wrong file that says which."""
 
 
 class MeterError(InputError):

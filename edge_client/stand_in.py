@@ -84,7 +84,7 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
         def delay_s(number: int) -> float:
             return self.delay.draw_s(welcome.run_seed, welcome.device, number)
 
-        return Pacing(forward_s=there_s, delay_s=delay_s)
+        return Pacing(forward_s=there_s, ratio=max(1.0, there_s / here_s), delay_s=delay_s)
 
     def calibrated_s(self, digest: str, batch: int) -> float | None:
         """A forward as measured on the board, for this bundle, batch and its own threads."""

@@ -22,8 +22,8 @@ _UNCERTAINTY: Final = 0.4
 class Spent(NamedTuple):
     """Seconds of one device in one run."""
 
-    steps_s: list[float]  # perturbing, forwards and encoding of a round
-    busy_s: float  # the same, and replaying, of all rounds
+    steps_s: list[float]  # perturbing and forwards of a round
+    busy_s: float  # the same, encoding and replaying, of all rounds
     wait_s: float
 
 
@@ -86,10 +86,10 @@ def _spent(folder: Path) -> dict[int, Spent]:
     for row in read_reports(folder):
         report = row.report
         if report.started_unix_s:
-            step_s = report.perturb_s + report.forward_s + report.encode_s
+            step_s, other_s = report.perturb_s + report.forward_s, report.encode_s + report.replay_s
             steps_s, busy_s, wait_s = found.get(row.device, Spent([], 0.0, 0.0))
             found[row.device] = Spent(
-                [*steps_s, step_s], busy_s + step_s + report.replay_s, wait_s + report.wait_s
+                [*steps_s, step_s], busy_s + step_s + other_s, wait_s + report.wait_s
             )
     return found
 

@@ -14,7 +14,7 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -42,6 +42,9 @@ class LinkShape(msgspec.Struct, frozen=True):
     down_bits_s: Annotated[float, Meta(gt=0)]
     latency_s: Annotated[float, Meta(ge=0)] = 0.0
     loss: Annotated[float, Meta(ge=0, le=0.5)] = 0.0  # probability, of a segment
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Way:
@@ -107,7 +110,6 @@ class _Proxies:
             )
             for index, s in enumerate(shapes)
         ]
-        self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
 
     def start(self) -> None:
@@ -137,7 +139,7 @@ class _Proxies:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    def _connected(self, up: Way, down: Way) -> Callable[..., object]:
+    def _connected(self, up: Way, down: Way) -> Serve:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 far = await asyncio.open_connection(*self._broker)

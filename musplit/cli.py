@@ -253,7 +253,8 @@ def shard(
 @click.option("--delay-s", default=0.0, type=SECONDS, show_default=True, metavar="S",
               help="Wait before each round's first forward: a straggler.")  # fmt: skip
 @click.option("--stand-in", type=click.Path(path_type=Path), metavar="FILE",
-              help="Take as long as another board; musplit emulate --fleet writes FILE.")  # fmt: skip
+              help="Take as long as another board; musplit emulate --fleet writes FILE."
+              )  # fmt: skip
 @click.option("--wait-s", default=600.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when the server is silent for this long.")  # fmt: skip
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
@@ -262,8 +263,8 @@ def shard(
               help="Largest packet, for a broker that tells no limit; 0: none.")  # fmt: skip
 def device(
     device_id: str, broker: str, connect_s: float, data: Path, fleet: str, bundle: Path | None,
-    state: Path | None, threads: int, speed: float, delay_s: float, stand_in: Path | None, wait_s: float,
-    offline_s: float, packet_limit: int,
+    state: Path | None, threads: int, speed: float, delay_s: float, stand_in: Path | None,
+    wait_s: float, offline_s: float, packet_limit: int,
 ) -> None:  # fmt: skip
     """Take part in a run as one device: forward passes only, no torch.
 
