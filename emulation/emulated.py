@@ -44,6 +44,7 @@ def emulated_rows(
             "step_s_median": statistics.median(spent[index].steps_s) if index in spent else None,
             **msgspec.to_builtins(device.link),
             "delay_s": device.delay.mean_s,
+            "slow_motion": device.slow_motion,
             **(_energy(device, spent[index]) if index in spent else {}),
         }
         for index, device in enumerate(fleet)
@@ -77,7 +78,7 @@ def late_steps(rows: list[dict[str, Any]], tolerance: float = 0.1) -> str:
         return ""
     return (
         f"steps of devices {', '.join(late)} took longer than on their boards: this machine is too "
-        "busy for the fleet; use fewer or slower devices, or a larger model"
+        "busy for the fleet; use fewer or slower devices, or slow_motion"
     )
 
 
@@ -105,8 +106,10 @@ def _asked_s(device: EmulatedDevice, folder: Path, config: Config, digest: str) 
 
 
 def _energy(device: EmulatedDevice, spent: Spent) -> dict[str, Any]:
+    """As on the board: not in slow motion."""
     wait_s = spent.wait_s + device.delay.mean_s * len(spent.steps_s)
-    fields = msgspec.to_builtins(modelled(device.profile, spent.busy_s, wait_s))
+    slow = device.slow_motion
+    fields = msgspec.to_builtins(modelled(device.profile, spent.busy_s / slow, wait_s / slow))
     return {
         "modelled_j": fields["modelled_j"], "modelled_low_j": fields["modelled_low_j"],
         "modelled_high_j": fields["modelled_high_j"], "modelled_window_s": fields["window_s"],

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from musplit.laptop import emulate, plan, simulate, study
+from musplit.profiles import profiles
 from musplit.stem import stem
 from musplit.support import (
     PACKET_BYTES,
@@ -396,5 +397,5 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-for _command in (emulate, simulate, study, plan, stem, warmup):
+for _command in (emulate, simulate, study, plan, stem, warmup, profiles):
     main.add_command(_command)
