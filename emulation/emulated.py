@@ -39,7 +39,7 @@ def emulated_rows(
         {
             "device": index,
             "profile": device.profile.name,
-            "threads": device.profile.runtime.threads,
+            "threads": device.threads,
             "step_s_asked": _asked_s(device, folder, config, digest),
             "step_s_median": statistics.median(spent[index].steps_s) if index in spent else None,
             **msgspec.to_builtins(device.link),

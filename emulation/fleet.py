@@ -62,6 +62,14 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
     delay: Delay = field(default_factory=Delay)
     slow_motion: float = 1.0  # is in ratio, link and delay
 
+    @property
+    def threads(self) -> int:
+        """The board's, as far as this machine has cores: more would only get in each other's way.
+
+        The step takes as long as on the board in either case.
+        """
+        return min(self.profile.runtime.threads, os.cpu_count() or 1)
+
     def stand_in(self, turns: Path) -> StandIn:
         """What the device program is told."""
         calibrated = [
