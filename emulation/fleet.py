@@ -78,7 +78,8 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
         ]
         return StandIn(
             self.profile.name, self.ratio, self.profile.runtime.threads, self.host_threads,
-            str(turns), calibrated, self.delay,
+            str(turns), calibrated, self.delay, self.profile.power, self.profile.cpu.cores,
+            self.slow_motion,
         )  # fmt: skip
 
 
