@@ -12,6 +12,7 @@ import click
 
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.power import power
+from musplit.profiles import profiles
 from musplit.stem import stem
 from musplit.support import (
     PACKET_BYTES,
@@ -287,7 +288,7 @@ def device(
     """
     with guarded():
         from edge_client.agent import AgentSettings
-        from edge_client.power.choose import Board, EnergyChoice
+        from edge_client.power.choose import EnergyChoice
         from edge_client.power.find import MeterOptions
         from edge_client.program import run_device
         from edge_client.stand_in import read_stand_in
@@ -298,7 +299,7 @@ def device(
         other = read_stand_in(stand_in) if stand_in is not None else None
         choice = EnergyChoice(
             MeterOptions(meter, meter_hz), load_profile(profile) if profile else None,
-            Board(other.board, other.power, other.cores) if other and other.power else None,
+            other.energy_model() if other else None,
             require_measured=require_measured,
         )  # fmt: skip
         settings = AgentSettings(
@@ -421,6 +422,5 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-main.add_command(power)
-for _command in (emulate, simulate, study, plan, stem, warmup):
+for _command in (emulate, simulate, study, plan, stem, warmup, power, profiles):
     main.add_command(_command)
