@@ -264,7 +264,7 @@ def test_eight_boards_keep_their_ratios(tmp_path):
             "emulate", "--fleet", str(path), "--out", "run", "--format", "json",
             "--set", "model.name=mlp:64-256-256-10", "--set", "model.cut=fc2",
             "--set", "devices.batch=64", "--set", "method.directions_client=2",
-            "--set", "method.tau=1", "--set", "evaluation.control=false", "--rounds", "4",
+            "--set", "method.tau=1", "--set", "evaluation.control=false", "--rounds", "3",
             "--set", "method.eta_s=1e-4", "--set", "method.eta_c=1e-4",
         )  # fmt: skip
         assert child.finish(280.0) == 0, child.stderr
