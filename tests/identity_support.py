@@ -72,7 +72,8 @@ class Lab:
         return self._keep(folder, done.certificate, key_pem(key))
 
     def forge(
-        self, name: str, *, purpose: Purpose = Purpose.CLIENT, days: float = 1.0, age_days: float = 0
+        self, name: str, *, purpose: Purpose = Purpose.CLIENT, days: float = 1.0,
+        age_days: float = 0.0,
     ) -> TlsFiles:  # fmt: skip
         """A certificate of the lab's CA that its rules would not give."""
         folder = self.folder / "ca"
@@ -139,7 +140,7 @@ class Mosquitto:
 
 
 class Client:
-    """A plain MQTT 5 client with an identity: collects what comes, says what became of a publish."""
+    """A plain MQTT 5 client with an identity: what comes, and what became of a publish."""
 
     def __init__(
         self, port: int, files: TlsFiles | None, *, client_id: str = "", ca: Path | None = None,

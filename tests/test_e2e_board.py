@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from musplit.cli import main
 
 PLAIN = {
-    "backports.zstd", "click", "cryptography", "msgspec", "numpy", "onnxruntime", "paho-mqtt", "psutil",
+    "backports.zstd", "click", "cryptography", "msgspec", "numpy", "onnxruntime", "paho-mqtt",
+    "psutil",
 }  # fmt: skip
 EXTRAS = ("torch", "onnx", "onnxscript", "matplotlib", "amqtt", "rich", "sklearn")
 CONFIG = {**TINY, "devices.count": 1}

@@ -103,7 +103,7 @@ def observed(lab):
     return found
 
 
-@pytest.mark.parametrize("cell", TABLE, ids=lambda cell: "-".join(cell))
+@pytest.mark.parametrize("cell", TABLE, ids=["-".join(cell) for cell in TABLE])
 def test_the_table_in_the_docs_is_what_the_broker_does(observed, cell):
     assert observed[cell] is TABLE[cell]
 
@@ -251,7 +251,7 @@ def test_a_last_will_is_ones_own(lab, broker):
         client.close()
 
 
-def test_a_link_that_is_revoked_while_it_is_away_ends_with_the_reason(lab, tmp_path):
+def test_a_link_that_is_revoked_while_it_is_away_ends_with_the_reason(lab):
     """The broker restarts, and does not take it back: no endless reconnecting."""
     with Mosquitto(lab) as broker:
         link = Link(

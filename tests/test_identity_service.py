@@ -118,7 +118,7 @@ def test_refusals_name_their_reason_on_both_sides_and_no_secret(site, tmp_path):
 
 def test_a_service_of_another_lab_gets_no_token(site, tmp_path):
     other = Lab(tmp_path / "other")
-    with pytest.raises(TransportError, match="not from the CA in ca.pem"):
+    with pytest.raises(TransportError, match=r"not from the CA in ca\.pem"):
         site.enrol(tmp_path / "board", site.token(), ca=other.ca)
     assert not [line for line in site.said if "pi-1" in line]
 
@@ -181,7 +181,7 @@ def test_other_methods_and_old_tls_are_refused(site):
     context = trusting(site.lab.ca)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     raw = socket.create_connection((LOOPBACK, site.port), 10)
-    with raw, pytest.raises(ssl.SSLError, match="(?i)version"):
+    with raw, pytest.raises(ssl.SSLError, match=r"(?i)version"):
         context.wrap_socket(raw, server_hostname=LOOPBACK)
 
 

@@ -116,6 +116,8 @@ def explain(error: ssl.SSLError, peer: str) -> str:
     now = time.strftime("this machine's clock says %Y-%m-%d %H:%M UTC", time.gmtime())
     if isinstance(error, ssl.SSLCertVerificationError):
         return _distrust(error, peer, now)
+    if isinstance(error, ssl.SSLEOFError):
+        return f"{peer} cut the connection before TLS was up; is this the port of its TLS listener?"
     reason = (error.reason or str(error)).replace("_", " ").lower()
     for alert, text in _ALERTS.items():
         if "alert" in reason and alert in reason:
