@@ -366,3 +366,11 @@ def test_secrets_are_in_no_log_and_on_no_command_line(site):
     text = seen + "".join(path.read_text(errors="replace") for path in logs)
     assert len(text) > 2000
     assert not [secret for secret in secrets if secret in text]
+
+
+def test_another_name_than_the_certificates_is_told_at_once(site):
+    """The broker would go by the certificate, and nobody would hear the device."""
+    shard, broker = str(site.shards[0]), str(site.broker)
+    identity = ("--identity", str(site.identity(DEVICES[0])))
+    done = command("device", "--id", "pi-9", "--broker", broker, "--data", shard, *identity)
+    assert (done.exit_code, "of 'device-000', not of 'pi-9'" in done.stderr) == (3, True)

@@ -136,7 +136,7 @@ def test_an_authority_is_not_made_twice_and_says_when_it_is_missing(lab, tmp_pat
         Authority.init(lab.folder / "ca", ["lab"], [], lab.now_s)
     with pytest.raises(AuthorityError, match="musplit ca init"):
         Authority(tmp_path / "none").ledger()
-    with pytest.raises(AuthorityError, match="at most 56 characters"):
+    with pytest.raises(IdentityError, match="at most 56 characters"):
         lab.authority.add_fleet("f" * 57, lab.now_s)
     with pytest.raises(InputError, match="device id"):
         lab.authority.new_token("_server.lab", 60, lab.now_s)

@@ -117,7 +117,7 @@ def test_the_table_speaks_of_the_whole_topic_tree():
 
 
 def test_the_access_list_follows_the_topic_tree():
-    text = access_list(["lab"], ["_server.lab"], [])
+    text = access_list(["lab"], [])
     topics = Topics("lab")
     for rule in (
         f"topic read {topics.control('+')}", f"topic write {topics.broadcast}",
