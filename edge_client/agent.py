@@ -18,12 +18,17 @@ from edge_client.commit_queue import CommitQueue, own_round
 from edge_client.errors import BundleError
 from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
-from edge_client.pacing import PacedSession
+from edge_client.pacing import PacedSession, Pacing
+from edge_client.power.phases import RADIO, WAIT
+from edge_client.power.source import EnergySource
 from edge_client.session import ClientSession
 from edge_client.shard import Shard, check_shard
+from edge_client.stand_in import StandIn
 from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
+from identity.errors import UntrustedError
 from wire_protocol.directions import directions_digest
+from wire_protocol.energy import MeasuredByPhase, NoEnergy
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
 from wire_protocol.frames import MAGIC as FRAME_MAGIC
 from wire_protocol.frames import Frame, decode_frame
@@ -71,7 +76,9 @@ class AgentSettings(NamedTuple):
     threads: int = 1
     speed: float = 1.0
     delay_s: float = 0.0
+    stand_in: StandIn | None = None  # stands instead of speed and delay_s
     bundle: Path | None = None
+    identity: Path | None = None  # where signer.pub lies; without it bundles need no signature
     wait_s: float = 600.0  # for a server to answer the join
     offline_s: float = 300.0  # for a lost broker to come back
 
@@ -87,6 +94,7 @@ class Agent:
         store: StateStore,
         link: LinkLike,
         say: Callable[[str], None],
+        energy: EnergySource,
     ) -> None:
         self._settings = settings
         self._topics = Topics(settings.fleet)
@@ -94,8 +102,12 @@ class Agent:
         self._store = store
         self._link = link
         self._say = say
+        self._energy = energy
+        self._stopwatch = energy.stopwatch
+        self._metered = False  # the run's energy is being counted
+        self.unmeasured = ""  # why a run's energy was not measured
         self._epoch = epoch
-        self._own_bundle = read_bundle(settings.bundle) if settings.bundle else None
+        self._own_bundle = _read_own(settings)
         self._welcome: Welcome | None = None
         self._trainer: Trainer | None = None
         self._fetch: BlobFetch | BundleFetch | None = None
@@ -141,7 +153,8 @@ class Agent:
         if not crowded:
             self._advance()
         busy = self._work is not None or bool(self._unsent)
-        event = self._link.next_event((_CROWDED_S if crowded else 0.0) if busy else _IDLE_S)
+        event = self._link.next_event(self._rest(crowded=crowded, busy=busy))
+        self._stopwatch.enter(WAIT)
         if isinstance(event, Connected):
             self._offline_since_s = None
             self._heard_s = time.monotonic()  # nobody could be heard meanwhile
@@ -151,6 +164,14 @@ class Agent:
         elif event is not None:
             self._receive(event.payload)
         self._check_time()
+
+    def _rest(self, *, crowded: bool, busy: bool) -> float:
+        """How long to wait for an event; what is under way meanwhile is the radio's time."""
+        under_way = self._offline_since_s is None and self._link.backlog > 0
+        self._stopwatch.enter(RADIO if under_way or self._fetch is not None else WAIT)
+        if busy:
+            return _CROWDED_S if crowded else 0.0
+        return _CROWDED_S if under_way else _IDLE_S
 
     # -- what arrives ------------------------------------------------------------------------
 
@@ -212,6 +233,7 @@ class Agent:
                 "this build computes other directions than the server's: install the same musplit "
                 f"version on both (here {version('musplit')})"
             )
+        self._check_signature(welcome)
         if self._welcome is not None:  # the old run's server went away without an End
             self._forget_run()
         self._welcome = welcome
@@ -229,6 +251,15 @@ class Agent:
             digest, size_bytes = welcome.manifest_sha256, welcome.manifest_bytes
             self._request(self._store.fetch_bundle(digest, size_bytes))
 
+    def _check_signature(self, welcome: Welcome) -> None:
+        """Before anything of the bundle is fetched or run. Raises UntrustedError."""
+        if self._settings.identity is not None:
+            # Ten megabytes that a device without an identity does not pay.
+            from identity.signatures import check_bundle  # noqa: PLC0415
+
+            digest, signature = welcome.manifest_sha256, welcome.bundle_signature
+            check_bundle(self._settings.identity, digest, signature)
+
     def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
         """The server may be another start of it, which knows nothing of the open round."""
         self._acknowledged_round = None
@@ -244,6 +275,11 @@ class Agent:
         if fetch is None or not fetch.take(chunk):
             return
         self._fetched_s = time.monotonic()
+        if isinstance(fetch, BundleFetch) and fetch.altered and self._settings.identity:
+            raise UntrustedError(
+                f"bundle {self._welcome.manifest_sha256[:12] if self._welcome else ''} was altered "
+                "on its way: nothing of it is run; who else can write to this device's topic?"
+            )
         if not fetch.complete:
             self._request(fetch)
         elif isinstance(fetch, BundleFetch):
@@ -285,9 +321,11 @@ class Agent:
         if welcome is None:
             return
         check_shard(self._shard, bundle.manifest)
-        session = ClientSession(bundle, welcome.batch, self._settings.threads)
-        paced = PacedSession(session, self._settings.speed, self._settings.delay_s)
-        self._trainer = Trainer(welcome, paced, bundle, self._shard, time.monotonic)
+        pacing = self._pacing(welcome, bundle)
+        session = PacedSession(ClientSession(bundle, welcome.batch, self._settings.threads), pacing)
+        self._trainer = Trainer(
+            welcome, session, bundle, self._shard, time.monotonic, stopwatch=self._stopwatch
+        )
         saved = self._store.load_weights(self._trainer.scratch)
         # Saved rounds that the server has lost count for nothing.
         if (
@@ -303,9 +341,20 @@ class Agent:
         )
         self._ready()
 
+    def _pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
+        settings = self._settings
+        if settings.stand_in is None:
+            return Pacing(settings.speed, delay_s=lambda _: settings.delay_s)
+        pacing = settings.stand_in.pacing(welcome, bundle)
+        self._say(
+            f"stands for {settings.stand_in.board}: {1e3 * pacing.forward_s:.3g} ms a forward"
+        )
+        return pacing
+
     # -- training ----------------------------------------------------------------------------
 
     def _train(self, message: Round | Commit | Snapshot | Scalars, trainer: Trainer) -> None:
+        self._meter_run()
         match message:
             case _ if self._snapshot is not None:
                 pass  # the fetch under way comes first; what it leaves missing is asked for after
@@ -331,6 +380,12 @@ class Agent:
                     self._ready()
             case _:
                 pass
+
+    def _meter_run(self) -> None:
+        """The run's energy counts from its first message on."""
+        if not self._metered:
+            self._metered = True
+            self._energy.begin()
 
     @property
     def _asynchronous(self) -> bool:
@@ -397,7 +452,7 @@ class Agent:
         self._answering = self._answer = None
 
     def _publish_frame(self, payload: bytes) -> None:
-        self._link.publish(self._topics.frame(self._settings.device_id), payload)
+        self._publish(self._topics.frame(self._settings.device_id), payload)
 
     def _commit(self, commit: Commit, trainer: Trainer) -> None:
         self._drop_round()
@@ -426,6 +481,9 @@ class Agent:
         if self._trainer is not None:
             self._apply_later(self._trainer)
             self._report(self._trainer.next_round, 0.0, self._trainer)
+            energy = self._energy.so_far()
+            if not isinstance(energy, MeasuredByPhase) and not self.unmeasured:
+                self.unmeasured = energy.reason if isinstance(energy, NoEnergy) else energy.model
         self._forget_run()
         if end.final:
             self._finished = end
@@ -435,6 +493,7 @@ class Agent:
         self._drop_fetch()
         self._later.take()
         self._welcome = self._trainer = None
+        self._metered = False
         self._drop_round()
         self._acknowledged_round = self._mismatch_round = self._begun_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
@@ -492,12 +551,17 @@ class Agent:
             trainer.report(
                 self._epoch, round_number, self._started_unix_s, replay_s,
                 stream=(self._link.bytes_up - up, self._link.bytes_down - down),
-                bundle=self._bundle_bytes, rss=memory_bytes(),
+                bundle=self._bundle_bytes, rss=memory_bytes(), energy=self._energy.so_far(),
             )
         )  # fmt: skip
 
     def _send(self, message: UpMessage) -> None:
-        self._link.publish(self._topics.control(self._settings.device_id), encode(message))
+        self._publish(self._topics.control(self._settings.device_id), encode(message))
+
+    def _publish(self, topic: str, payload: bytes) -> None:
+        self._stopwatch.enter(RADIO)
+        self._link.publish(topic, payload)
+        self._stopwatch.enter(WAIT)
 
     def _lost(self, event: Disconnected) -> None:
         if event.fatal:
@@ -513,3 +577,15 @@ class Agent:
             self._store.save_weights(
                 SavedWeights(trainer.welcome.run, trainer.next_round, trainer.state)
             )
+
+
+def _read_own(settings: AgentSettings) -> Bundle | None:
+    """The bundle of --bundle. Raises BundleError, or UntrustedError where signatures count."""
+    if settings.bundle is None:
+        return None
+    try:
+        return read_bundle(settings.bundle)
+    except BundleError as error:
+        if settings.identity is None:
+            raise
+        raise UntrustedError(f"{error}; nothing of it is run") from error

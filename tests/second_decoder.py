@@ -156,13 +156,14 @@ FIELDS = {
     "fetch": "digest first count",
     "ready": "run epoch next_round",
     "report": "run epoch round started_unix_s perturb_s forward_s encode_s wait_s replay_s "
-    "bytes_up bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes",
+    "bytes_up bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes "
+    "energy",
     "derivatives": "run epoch round scalars",
     "leave": "epoch reason",
     "hello": "",
     "welcome": "run run_seed epoch device manifest_sha256 manifest_bytes directions_sha256 lam "
     "batch directions rounds encoding compression next_round feedback optimiser momentum beta2 "
-    "asynchronous",
+    "asynchronous bundle_signature",
     "refused": "epoch reason",
     "chunk": "digest index data",
     "round": "run round participants",
@@ -180,7 +181,8 @@ def control(payload: bytes) -> dict[str, Any]:
     message = unpack(payload[8:])
     demand(message.get("type") in FIELDS, "type")
     wanted = {"type", *FIELDS[message["type"]].split()}
-    demand(message.keys() | {"client_sha256"} >= wanted >= message.keys(), "keys")
+    optional = {"client_sha256", "bundle_signature"}
+    demand(message.keys() | optional >= wanted >= message.keys(), "keys")
     return message
 
 

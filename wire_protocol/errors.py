@@ -2,10 +2,12 @@
 
 MusplitError                 exit code 1
 |- InputError                3  a file, field or value handed in is wrong
+|  |- IdentityError          certificate, key or CA are missing, readable by others, or unusable
 |- TransportError            4  the broker cannot be reached, or was lost for too long
 |  |- QueueFullError         more messages wait for the broker than the link holds
 |- RefusedError              5  the other side said no, with its reason
 |- StalledError              6  nothing happened within a documented bound
+|- UnmeasuredError           8  measured energy was required, and is not there
 |- ProtocolError             3  bytes from the network are not what the protocol allows
    |- ChecksumError             the CRC-32 does not match
    |- TruncatedError            fewer bytes than the header promises
@@ -30,6 +32,10 @@ class InputError(MusplitError):
     exit_code = 3
 
 
+class IdentityError(InputError):
+    """Certificate, key or CA are missing, readable by others, or cannot be used."""
+
+
 class TransportError(MusplitError):
     """The broker cannot be reached, refuses the connection, or was lost for too long."""
 
@@ -50,6 +56,12 @@ class StalledError(MusplitError):
     """Nothing happened within a documented bound."""
 
     exit_code = 6
+
+
+class UnmeasuredError(MusplitError):
+    """Measured energy was required, and is not there."""
+
+    exit_code = 8
 
 
 class ProtocolError(MusplitError):
