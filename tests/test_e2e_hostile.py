@@ -18,8 +18,8 @@ import pytest
 from harness import TINY, Bench, Child, Digests, make_shards, read_jsonl, undisturbed, wait_until
 
 from wire_protocol import messages
-from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind, encode_frame
 from wire_protocol.energy import NoEnergy
+from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind, encode_frame
 from wire_protocol.messages import Join, Leave, Ready, Refused, Report, Round, Welcome
 from wire_protocol.mqtt import Address, Link, Received
 from wire_protocol.topics import PROTOCOL_VERSION, Topics
