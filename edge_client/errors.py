@@ -4,6 +4,9 @@ wire_protocol.errors.InputError
 |- ShardError    the data shard cannot be read, or does not fit the model
 |- BundleError   the client bundle is missing, damaged, or another one
 |- StateError    the state folder cannot be used
+|- MeterError    a power meter cannot be read, or is not what was named
+|- GapError      readings of a meter are missing: the window has no energy
+|- UnmeasuredError  --require-measured, and something was not measured
 """
 
 from __future__ import annotations
@@ -21,3 +24,15 @@ class BundleError(InputError):
 
 class StateError(InputError):
     """The state folder cannot be used."""
+
+
+class MeterError(InputError):
+    """A power meter cannot be read, or is not what was named."""
+
+
+class GapError(MeterError):
+    """Too few readings of a meter: the window has no energy."""
+
+
+class UnmeasuredError(InputError):
+    """Measured energy was required, and is not there."""

@@ -17,7 +17,8 @@ from server_node.config import Config
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _ROOMS: Final = (
-    "wire_protocol", "edge_client", "export", "server_node", "emulation", "studies", "musplit",
+    "wire_protocol", "firmware_profiles", "edge_client", "export", "server_node", "emulation",
+    "studies", "musplit",
 )  # fmt: skip
 
 
@@ -31,14 +32,16 @@ class Room(NamedTuple):
 # docs/architecture.md shows the same table.
 RULES: Final = {
     "wire_protocol": Room(set(), {"numpy", "msgspec"}),
-    "edge_client": Room({"wire_protocol"}, {"numpy", "psutil"}),
+    "firmware_profiles": Room({"wire_protocol"}, {"msgspec"}),
+    "edge_client": Room({"wire_protocol", "firmware_profiles"}, {"numpy", "msgspec", "psutil"}),
     "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime", "safetensors"}),
     "server_node": Room(
         {"wire_protocol", "export"},
         {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL", "safetensors"},
     ),
     "emulation": Room(
-        {"wire_protocol", "edge_client", "export", "server_node"}, {"numpy", "amqtt", "rich"}
+        {"wire_protocol", "firmware_profiles", "edge_client", "export", "server_node"},
+        {"numpy", "msgspec", "amqtt", "rich"},
     ),
     "studies": Room(
         {"wire_protocol", "edge_client", "export", "server_node", "emulation"},
