@@ -86,8 +86,8 @@ class Archive:
 def _mirror() -> str:
     """The mirror this system is configured for, when it is Debian's; otherwise Debian's own."""
     files = [_SOURCES / "sources.list", *sorted((_SOURCES / "sources.list.d").glob("*"))]
-    texts = [path.read_text(encoding="utf-8") for path in files if path.is_file()]
-    found = re.search(r"^(?:deb|URIs:)\s.*?(https?://\S+/debian)/?(?=\s|$)", "\n".join(texts), re.M)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
+    found = re.search(r"^(?:deb|URIs:)\s.*?(https?://\S+/debian)/?(?=\s|$)", text, re.MULTILINE)
     return found[1] if found else _DEFAULT_MIRROR
 
 
