@@ -426,6 +426,7 @@ class Agent:
         if self._trainer is not None:
             self._apply_later(self._trainer)
             self._report(self._trainer.next_round, 0.0, self._trainer)
+            self._save(force=True)  # what the device has learned stays on its disk
         self._forget_run()
         if end.final:
             self._finished = end

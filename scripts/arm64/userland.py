@@ -40,7 +40,7 @@ class Userland(NamedTuple):
     site: Path  # the unpacked wheels
 
     def python(self, cpu: str) -> list[str]:
-        """The command of an arm64 Python on `cpu`; needs `environment`.
+        """The command of an arm64 Python on `cpu`; needs `variables`.
 
         Files are looked up in the root first, then on the host. Programs cannot be started from
         inside, as the host's kernel does not run them: `inside` is for that.
@@ -49,13 +49,22 @@ class Userland(NamedTuple):
         # -S: no site-packages of the root, the wheels come by PYTHONPATH.
         return [str(self.emulator), "-cpu", cpu, "-L", str(self.root), str(python), "-S"]
 
-    def environment(self, *paths: Path) -> dict[str, str]:
-        """The environment of `python`: this one, with `paths` and the wheels to import from."""
-        imported = os.pathsep.join(map(str, (*paths, self.site)))
+    def variables(self, metadata: Path) -> dict[str, str]:
+        """What `python` needs in its environment to import this project and the wheels.
+
+        `metadata` is a folder for what an installation would leave beside the project's modules.
+        """
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        name, version = project["name"], project["version"]
+        folder = metadata / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (folder / "METADATA").write_text(text, encoding="utf-8")
         return {
-            **os.environ, "PYTHONHOME": str(self.root / "usr"), "PYTHONPATH": imported,
+            "PYTHONHOME": str(self.root / "usr"),
+            "PYTHONPATH": os.pathsep.join(map(str, (metadata, ROOT, self.site))),
             "PYTHONDONTWRITEBYTECODE": "1",
-        }  # fmt: skip
+        }
 
     def inside(self, cpu: str, root: Path, binds: Sequence[str] = ()) -> list[str]:
         """A prefix that runs a command with `root`, a copy of this root, as its file system.
