@@ -42,7 +42,7 @@ def diagnose(board: Board, asked: Questions) -> Iterator[Finding]:
     yield from _guarded(
         "onnxruntime",
         lambda: check_runtime(
-            board, system.machine, installed,
+            board, system, installed,
             None if installed is None else probe_runtime(_PROBE_LIMIT_S),
         ),
     )  # fmt: skip

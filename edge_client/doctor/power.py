@@ -28,7 +28,7 @@ def check_power(board: Board) -> Findings:
     """Flags of the firmware, temperatures, sensors."""
     yield from _throttling(board)
     yield from _temperature(board)
-    meter = find_meter(MeterOptions(), board.root)
+    meter = find_meter(MeterOptions(), board.profile, board.root)
     if isinstance(meter, NoEnergy):
         yield warning(
             "power-sensor", meter.reason, "joules will be modelled, not measured",

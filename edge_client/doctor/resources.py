@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from edge_client.doctor.findings import Board, Findings, error, ok, warning
+from firmware_profiles.schema import Profile
 
 _MB: Final = 10**6
 _DISK_LEAST_MB: Final = 50
@@ -51,8 +52,8 @@ def check_memory(board: Board) -> Findings:
             "mount /proc",
         )  # fmt: skip
         return
-    if board.profile is not None:
-        yield from _against_profile(board, total_mb)
+    if board.profile is not None and board.profile.kind != "laptop":  # those have any size
+        yield from _against_profile(board.profile, total_mb)
     told, why = f"{free_mb} of {total_mb} MB available", "the idle device program takes 90 MB"
     remedy = "stop other programs (a desktop above all), or cut the model earlier: musplit plan"
     if free_mb < _MEMORY_LEAST_MB:
@@ -63,10 +64,8 @@ def check_memory(board: Board) -> Findings:
         yield ok("memory", told)
 
 
-def _against_profile(board: Board, total_mb: int) -> Findings:
-    assert board.profile is not None
-    sizes = sorted(board.profile.memory_mb)
-    name = board.profile.name
+def _against_profile(profile: Profile, total_mb: int) -> Findings:
+    sizes, name = sorted(profile.memory_mb), profile.name
     # Sizes are sold in MiB.
     sold = [size for size in sizes if total_mb <= size * 1.048576]
     if sold and total_mb >= _VISIBLE * sold[0] * 1.048576:
@@ -75,5 +74,5 @@ def _against_profile(board: Board, total_mb: int) -> Findings:
     yield warning(
         "memory-profile", f"{total_mb} MB, but {name} has {' or '.join(map(str, sizes))} MB",
         "plans and emulation by this profile are of another board",
-        f"give the profile of this board, or the size: --profile {name}:{sizes[0]}",
+        "give the profile of this board: musplit profiles list",
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Final
 
 from edge_client.doctor.findings import Board, Findings, error, ok, warning
 from edge_client.doctor.probe import DONE, Outcome
+from edge_client.doctor.system import System
 from firmware_profiles.catalogue import catalogue
 from firmware_profiles.schema import Profile
 
@@ -29,16 +30,16 @@ def installed_version() -> str | None:
 
 
 def check_runtime(
-    board: Board, machine: str, installed: str | None, outcome: Outcome | None
+    board: Board, system: System, installed: str | None, outcome: Outcome | None
 ) -> Findings:
     """The pin, the versions known to crash, and `outcome`, that of the probe."""
-    remedy = _remedy(board.profile, machine, installed)
+    remedy = _remedy(board.profile, system, installed)
     if installed is None or outcome is None:
         yield error(
             PACKAGE, "is not installed", "the device runs its half of the model with it", remedy
         )
         return
-    known = _known_crashes(board.profile, machine).get(installed)
+    known = _known_crashes(board.profile, system).get(installed)
     if outcome.stage != DONE or outcome.signal or outcome.exit_code:
         yield error(
             PACKAGE, f"{installed} {_death(outcome)}", _reason(outcome, known), remedy
@@ -50,13 +51,16 @@ def check_runtime(
         return
     yield ok(PACKAGE, told)
     profile = board.profile
-    if profile is not None and installed != profile.runtime.onnxruntime:
+    if profile is None:
+        return
+    pin = _pin(profile, system)
+    if installed == pin:
+        yield ok("onnxruntime-pin", f"{installed}, as the profile says")
+    else:
         yield warning(
-            "onnxruntime-pin", f"{installed}, the profile's pin is {profile.runtime.onnxruntime}",
+            "onnxruntime-pin", f"{installed}, the profile's pin is {pin}",
             f"this version was not tried on {profile.title}; it ran the probe, no more", remedy,
         )  # fmt: skip
-    elif profile is not None:
-        yield ok("onnxruntime-pin", f"{installed}, as the profile says")
 
 
 def _death(outcome: Outcome) -> str:
@@ -81,11 +85,11 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _remedy(profile: Profile | None, machine: str, installed: str | None) -> str:
+def _remedy(profile: Profile | None, system: System, installed: str | None) -> str:
     """Install the pin: the profile's, or those of the boards with this processor."""
-    profiles = [profile] if profile else _alike(machine)
+    profiles = [profile] if profile else _alike(system)
     crashes = {crash.version for p in profiles for crash in p.runtime.crashes}
-    pins = {p.runtime.onnxruntime for p in profiles} - crashes - {installed}
+    pins = {_pin(p, system) for p in profiles} - crashes - {installed}
     if not pins:
         return f"install another version: pip install '{PACKAGE}!={installed}'"
     return "install a version that works on this board: " + " or ".join(
@@ -93,11 +97,18 @@ def _remedy(profile: Profile | None, machine: str, installed: str | None) -> str
     )
 
 
-def _known_crashes(profile: Profile | None, machine: str) -> dict[str, str]:
+def _pin(profile: Profile, system: System) -> str:
+    """The profile's version for this Python."""
+    python = ".".join(map(str, system.python))
+    pins = (image.onnxruntime for image in profile.images if image.python == python)
+    return next((pin for pin in pins if pin), profile.runtime.onnxruntime)
+
+
+def _known_crashes(profile: Profile | None, system: System) -> dict[str, str]:
     """Version -> why; without a profile, those of any board with this processor."""
-    profiles = [profile] if profile else _alike(machine)
+    profiles = [profile] if profile else _alike(system)
     return {crash.version: crash.why for p in profiles for crash in p.runtime.crashes}
 
 
-def _alike(machine: str) -> list[Profile]:
-    return [p for p in catalogue() if p.cpu.architecture == machine]
+def _alike(system: System) -> list[Profile]:
+    return [p for p in catalogue() if p.cpu.architecture == system.machine]
