@@ -28,12 +28,10 @@ _MARKS = {"ok": "ok", "warning": "WARNING", "error": "ERROR"}
               show_default=True, help="Where the device keeps its state.")  # fmt: skip
 @click.option("--connect-s", default=5.0, type=SECONDS, show_default=True, metavar="S",
               help="How long to try to reach the broker.")  # fmt: skip
-@click.option("--root", type=click.Path(path_type=Path), default=Path("/"), hidden=True,
-              help="Read /proc, /sys and /run below this folder.")  # fmt: skip
 @format_option
 def doctor(
     profile_name: str | None, broker: str | None, identity: Path | None, insecure: bool,
-    url: str | None, fleet: str, state: Path, connect_s: float, root: Path, output: str,
+    url: str | None, fleet: str, state: Path, connect_s: float, output: str,
 ) -> None:  # fmt: skip
     """Look for what would keep this board from taking part, and say what to do.
 
@@ -58,7 +56,7 @@ def doctor(
         tls = TlsFiles.in_folder(identity) if identity else None
         asked = Questions(state, address, tls, url, fleet, connect_s)
         findings: list[Finding] = []
-        for finding in diagnose(Board(root, profile), asked):
+        for finding in diagnose(Board(profile=profile), asked):
             findings.append(finding)
             if output == "text":
                 _show(finding)
