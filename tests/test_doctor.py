@@ -21,8 +21,9 @@ from edge_client.doctor.probe import DONE, Outcome
 from edge_client.doctor.resources import check_disk, check_memory
 from edge_client.doctor.runtime import check_runtime
 from edge_client.doctor.system import System, check_system
+from edge_client.state import StateStore
 from firmware_profiles.catalogue import load_profile
-from wire_protocol.mqtt import Address
+from wire_protocol.mqtt import Address, TlsFiles
 
 PI4 = load_profile("rpi-4b")
 PI = System("aarch64", 64, (3, 11), "2.36")
@@ -276,13 +277,25 @@ def test_a_server_that_cannot_be_asked_is_a_warning():
 def test_a_broker_tells_its_packet_limit_and_an_absent_one_is_an_error(tmp_path):
     with Bench(tmp_path) as bench:
         address = bench.broker()
-        found = by_check(check_broker(Contact(address, None, "lab", 5.0)))
+        found = by_check(check_broker(Contact(address, None, "lab", 5.0, tmp_path)))
         assert found["broker"].level == "ok"
         assert found["packet-limit"].level == "ok"
     absent = Address("127.0.0.1", free_port())
-    finding = by_check(check_broker(Contact(absent, None, "lab", 0.2)))["broker"]
+    finding = by_check(check_broker(Contact(absent, None, "lab", 0.2, tmp_path)))["broker"]
     assert finding.level == "error"
     assert str(absent) in finding.what
+
+
+def test_with_tls_a_device_program_that_runs_is_left_alone(tmp_path):
+    store = StateStore(tmp_path / "pi-1")
+    absent, tls = Address("127.0.0.1", free_port()), TlsFiles.in_folder(tmp_path)
+    try:
+        contact = Contact(absent, tls, "lab", 0.2, tmp_path)
+        finding = by_check(check_broker(contact))["broker"]
+    finally:
+        store.close()
+    assert finding.level == "ok"
+    assert "not asked" in finding.what
 
 
 def test_the_command_runs_onnxruntime_in_a_child_and_gives_json(tmp_path):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import Final
 
 from edge_client.doctor.findings import Findings, error, ok, warning
+from identity.certificates import read_certificate
 from wire_protocol.errors import IdentityError
 from wire_protocol.tls import TlsFiles
 
@@ -27,7 +27,8 @@ def check_certificates(files: TlsFiles, now: datetime) -> Findings:
         ("certificate", files.certificate, _ENROL),
         ("ca-certificate", files.ca, "the lab makes a new CA, and every machine enrols anew"),
     ):  # fmt: skip
-        begins, ends = _validity(path)
+        certificate = read_certificate(path, remedy)
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         day = f"{ends:%Y-%m-%d}"
         if now < begins:
             yield error(
@@ -43,12 +44,3 @@ def check_certificates(files: TlsFiles, now: datetime) -> Findings:
                           remedy)  # fmt: skip
         else:
             yield ok(check, f"valid until {day}")
-
-
-def _validity(path: Path) -> tuple[datetime, datetime]:
-    """From when to when the certificate in the PEM file `path` is valid."""
-    from cryptography import x509  # noqa: PLC0415 - many megabytes, for this check only
-
-    certificate = x509.load_pem_x509_certificate(path.read_bytes())
-    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return begins.astimezone(UTC), ends.astimezone(UTC)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import secrets
 import time
+from pathlib import Path
+
+from typing import NamedTuple
 
 from edge_client.doctor.findings import Findings, error, ok, warning
 from wire_protocol.errors import MusplitError
@@ -12,17 +16,25 @@ from wire_protocol.mqtt import Address, Link, TlsFiles
 from wire_protocol.topics import Topics
 
 
-class Contact:
+class Contact(NamedTuple):
     """Whom to call, as `musplit device` would."""
 
-    def __init__(
-        self, address: Address, tls: TlsFiles | None, fleet: str, connect_s: float
-    ) -> None:
-        self.address, self.tls, self.fleet, self.connect_s = address, tls, fleet, connect_s
+    address: Address
+    tls: TlsFiles | None
+    fleet: str
+    connect_s: float
+    state: Path  # of the device program, or the folder above
 
 
 def check_broker(contact: Contact) -> Findings:
-    """Connect once, as a client of its own: a device program that runs stays connected."""
+    """Connect once.
+
+    Without TLS as a client of its own. With TLS the broker names a client after its certificate: a
+    device program that runs would lose its place, so it is left alone.
+    """
+    if contact.tls is not None and (busy := _in_use(contact.state)) is not None:
+        yield ok("broker", f"not asked: a device program runs with {busy} and has the connection")
+        return
     link = Link(
         f"{contact.fleet}/doctor-{secrets.token_hex(4)}", contact.address,
         subscriptions=(Topics(contact.fleet).broadcast,), tls=contact.tls,
@@ -52,3 +64,16 @@ def check_broker(contact: Contact) -> Findings:
             "a broker that takes less than a frame cuts the connection without a reason",
             "use a broker of MQTT 5, or give musplit device --packet-limit BYTES",
         )  # fmt: skip
+
+
+def _in_use(state: Path) -> Path | None:
+    """The state folder of a device program that runs now."""
+    for path in (state / "lock", *state.glob("*/lock")):
+        try:
+            with path.open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return path.parent
+        except OSError:
+            continue
+    return None
