@@ -71,9 +71,7 @@ def _broker(asked: Questions) -> Findings:
     from edge_client.doctor.network import Contact, check_broker  # noqa: PLC0415
 
     assert asked.broker is not None
-    return check_broker(
-        Contact(asked.broker, asked.tls, asked.fleet, asked.connect_s, asked.state)
-    )
+    return check_broker(Contact(asked.broker, asked.tls, asked.fleet, asked.connect_s, asked.state))
 
 
 def _guarded(check: str, run: Callable[[], Findings]) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ import fcntl
 import secrets
 import time
 from pathlib import Path
-
 from typing import NamedTuple
 
 from edge_client.doctor.findings import Findings, error, ok, warning
