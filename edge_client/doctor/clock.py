@@ -17,6 +17,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from edge_client.doctor.findings import Board, Findings, error, ok, warning
+from identity.exchange import DEFAULT_PORT
 from wire_protocol.errors import IdentityError
 from wire_protocol.tls import trusting
 
@@ -80,7 +81,7 @@ def _skew_s(url: str, ca: Path | None) -> float:
     if parts.scheme == "https":
         context = trusting(ca) if ca else ssl.create_default_context()
         connection = http.client.HTTPSConnection(
-            parts.hostname, parts.port, timeout=_TIMEOUT_S, context=context
+            parts.hostname, parts.port or DEFAULT_PORT, timeout=_TIMEOUT_S, context=context
         )
     else:
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S)

@@ -30,7 +30,7 @@ from wire_protocol.manifest import sha256
 
 ROUNDS: Final = 4
 _NATIVE: Final = 2
-_PATIENCE_S: Final = 280.0
+_PATIENCE_S: Final = 600.0
 _STATE_HEADER_BYTES: Final = 56  # edge_client/state.py
 _REFERENCE: Final = "rpi-4b"  # its pin serves a processor that no profile names
 _PROVES: Final = (
