@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install emulate test bench check clean
+.PHONY: install emulate test bench check arm64 clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_project.py
+
+# The device program on emulated boards; skipped with a reason where there is no emulator.
+arm64: install
+	$(BIN)/python -m scripts.arm64.stage
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -481,6 +481,7 @@ class Agent:
         if self._trainer is not None:
             self._apply_later(self._trainer)
             self._report(self._trainer.next_round, 0.0, self._trainer)
+            self._save(force=True)  # what the device has learned stays on its disk
             energy = self._energy.so_far()
             if not isinstance(energy, MeasuredByPhase) and not self.unmeasured:
                 self.unmeasured = energy.reason if isinstance(energy, NoEnergy) else energy.model

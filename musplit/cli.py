@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from musplit.doctor import doctor
 from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.power import power
@@ -440,7 +441,7 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-for _command in (emulate, simulate, study, plan, stem, warmup, power, profiles):
+for _command in (doctor, emulate, simulate, study, plan, stem, warmup, power, profiles):
     main.add_command(_command)
 main.add_command(ca)
 main.add_command(enroll_device, "enroll")

@@ -1,83 +1,90 @@
-"""A journal replays to the same bits on another processor: aarch64 under user emulation.
+"""The board's code on another processor: aarch64 under user emulation, with the real wheels.
 
-Needs qemu-aarch64 and mmdebstrap, and package registries for an arm64 Python and the real aarch64
-wheels: `make test ARGS="-m network"`. It stands for the instruction set, not for a board's speed.
+Needs the network once, for an emulator, an arm64 Python and the wheels: `make test ARGS="-m
+network"`. It stands for the instruction set, not for a board's speed; see docs/arm64.md.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
-import zipfile
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
+from harness import ROOT
 
 from emulation.inprocess import InProcessFleet
+from scripts.arm64.cache import UnavailableError
+from scripts.arm64.stage import boards_and_pin
+from scripts.arm64.userland import CPUS, userland
 from server_node.config import load_config
 from server_node.prepare import prepare
 from wire_protocol.manifest import sha256
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("numpy", "msgspec", "click")
-PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
+CRASHING = "1.21.0"
 
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not (shutil.which("qemu-aarch64") and shutil.which("mmdebstrap")),
-        reason="qemu-aarch64 (package qemu-user) or mmdebstrap is not installed",
-    ),
-]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def arm_python(tmp_path_factory):
-    """A command prefix that runs an arm64 Python 3.11 with the wheels a replay needs."""
-    folder = tmp_path_factory.mktemp("aarch64")
-    root, site = folder / "root", folder / "site"
-    subprocess.run(
-        ["mmdebstrap", "--variant=extract", "--arch=arm64", "--include=python3,libstdc++6",
-         "bookworm", str(root)],
-        check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-         "--python-version=3.11", "--implementation=cp", "--dest", str(folder / "wheels"),
-         *(f"--platform={platform}_aarch64" for platform in PLATFORMS),
-         *(f"{name}=={version(name)}" for name in PACKAGES)],
-        check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    for wheel in (folder / "wheels").glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site)
-    environment = {
-        **os.environ, "PYTHONHOME": str(root / "usr"), "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
-    }  # fmt: skip
-    # The default CPU hides crashes that real boards show; cortex-a72 is a Raspberry Pi 4.
-    command = ["qemu-aarch64", "-cpu", "cortex-a72", "-L", str(root)]
-    return [*command, str(root / "usr/bin/python3.11"), "-S"], environment
+def run_on(tmp_path_factory):
+    """Run an arm64 Python with the wheels of the device program and one onnxruntime."""
+    metadata = tmp_path_factory.mktemp("metadata")
+
+    def _run(cpu, onnxruntime, *arguments):
+        try:
+            built = userland({"onnxruntime": onnxruntime})
+        except UnavailableError as error:
+            pytest.skip(str(error))
+        return subprocess.run(
+            [*built.python(cpu), *arguments], env={**os.environ, **built.variables(metadata)},
+            check=False, capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+
+    return _run
 
 
-def test_replay_on_aarch64_gives_the_digests_of_x86_64(arm_python, tmp_path):
+def doctor(run_on, cpu, onnxruntime, tmp_path, *options):
+    """The exit code and the findings by check."""
+    done = run_on(
+        cpu, onnxruntime, "-m", "musplit", "doctor", "--format", "json",
+        "--state", str(tmp_path), *options,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    return done.returncode, {f["check"]: f for f in json.loads(done.stdout)["findings"]}
+
+
+def test_replay_on_aarch64_gives_the_digests_of_x86_64(run_on, tmp_path):
     config = load_config(ROOT / "experiments" / "digits.toml", ["run.rounds=5", "method.tau=4"])
     run = InProcessFleet(prepare(config, tmp_path)).run()
-    command, environment = arm_python
-    done = subprocess.run(
-        [*command, "-c", "import platform; print(platform.machine())"],
-        check=True, capture_output=True, text=True, env=environment, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.strip() == "aarch64"
-    done = subprocess.run(
-        [*command, "-m", "musplit", "replay", str(tmp_path), "--format", "json"],
-        check=True, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+    _, pin = boards_and_pin("cortex-a72")
+    done = run_on("cortex-a72", pin, "-c", "import platform; print(platform.machine())")
+    assert done.stdout.strip() == "aarch64", done.stderr
+    done = run_on("cortex-a72", pin, "-m", "musplit", "replay", str(tmp_path), "--format", "json")
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["matches"] is True
     assert result["client_sha256"] == sha256(run.client)
     assert result["server_sha256"] == sha256(run.server)
+
+
+@pytest.mark.parametrize("options", [("--profile", "rpi-4b"), ()], ids=["profile", "no profile"])
+def test_doctor_catches_an_onnxruntime_that_crashes_on_a_raspberry_pi_4(run_on, tmp_path, options):
+    code, found = doctor(run_on, "cortex-a72", CRASHING, tmp_path, *options)
+    finding = found["onnxruntime"]
+    _, pin = boards_and_pin("cortex-a72")
+    assert code == 1
+    assert finding["level"] == "error"
+    assert f"{CRASHING} died of SIGILL (signal 4)" in finding["what"]
+    assert f"pip install onnxruntime=={pin}" in finding["remedy"]
+    assert "memory" in found  # the checks after it
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_profile_s_pin_passes(run_on, tmp_path, cpu):
+    boards, pin = boards_and_pin(cpu)
+    for board in boards[:1]:
+        _, found = doctor(run_on, cpu, pin, tmp_path, "--profile", board.name)
+        assert found["onnxruntime"]["level"] == "ok", found["onnxruntime"]
+        for check in ("onnxruntime-pin", "architecture", "cpu-features", "python", "glibc"):
+            assert found[check]["level"] == "ok", found[check]
