@@ -4,11 +4,13 @@ wire_protocol.errors.InputError
 |- ShardError    the data shard cannot be read, or does not fit the model
 |- BundleError   the client bundle is missing, damaged, or another one
 |- StateError    the state folder cannot be used
-|- EvidenceError a bench's evidence is damaged, altered, or of another machine
+|- MeterError    a power meter cannot be read, or is not what was named
+|- GapError      readings of a meter are missing: the window has no energy
+|- EvidenceError  a bench's evidence is damaged, altered, or of another machine
 |- GpioError     the GPIO line cannot be driven
+|- UnmeasuredError  --require-measured, and something was not measured
 wire_protocol.errors.MusplitError
 |- BenchError    what a bench measures ended on its own
-|- UnmeasuredError  measured energy was required, and there is none
 """
 
 from __future__ import annotations
@@ -28,6 +30,18 @@ class StateError(InputError):
     """The state folder cannot be used."""
 
 
+class MeterError(InputError):
+    """A power meter cannot be read, or is not what was named."""
+
+
+class GapError(MeterError):
+    """Too few readings of a meter: the window has no energy."""
+
+
+class UnmeasuredError(InputError):
+    """Measured energy was required, and is not there."""
+
+
 class EvidenceError(InputError):
     """A folder of evidence is missing something, damaged, altered, or of another machine."""
 
@@ -37,8 +51,4 @@ class GpioError(InputError):
 
 
 class BenchError(MusplitError):
-    """What is measured ended on its own."""
-
-
-class UnmeasuredError(MusplitError):
-    """Measured energy was required, and there is none."""
+    """What a bench measures ended on its own."""
