@@ -10,7 +10,10 @@ from typing import Any
 
 import click
 
+from musplit.bench import bench
+from musplit.calibrate import calibrate
 from musplit.laptop import emulate, plan, simulate, study
+from musplit.report import report
 from musplit.stem import stem
 from musplit.support import (
     PACKET_BYTES,
@@ -389,5 +392,5 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-for _command in (emulate, simulate, study, plan, stem, warmup):
+for _command in (emulate, simulate, study, plan, stem, warmup, bench, report, calibrate):
     main.add_command(_command)

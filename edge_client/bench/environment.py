@@ -43,7 +43,7 @@ def read_environment(
     """This machine, now."""
     return Environment(
         started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        board=_text(root / _MODEL),
+        board=board_model(root),
         machine=platform.machine(),
         processor=_processor(root),
         cores=psutil.cpu_count() or 1,
@@ -56,6 +56,11 @@ def read_environment(
         meter=meter,
         meter_reason=meter_reason,
     )
+
+
+def board_model(root: Path = Path("/")) -> str | None:
+    """What the device tree calls the board; None: there is none."""
+    return _text(root / _MODEL)
 
 
 def _text(path: Path) -> str | None:

@@ -29,11 +29,13 @@ from edge_client.bench.records import FORMAT, Configuration, Latencies, Place, W
 from edge_client.bench.toml_text import to_toml
 from edge_client.errors import EvidenceError, StateError
 from edge_client.files import replacing
+import itertools
 
 CONFIGURATION_FILE: Final = "configuration.toml"
 ENVIRONMENT_FILE: Final = "environment.json"
 MANIFEST_FILE: Final = "MANIFEST.sha256"
 RAW_FOLDER: Final = "raw"
+BUNDLES_FOLDER: Final = "bundles"  # where a bench of a model exports its cuts
 _LINE: Final = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9./_-]+)")
 _MAX_FILE_BYTES: Final = 256 << 20
 
@@ -50,7 +52,8 @@ class Evidence:
     @classmethod
     def create(cls, folder: Path, configuration: Configuration, environment: Environment) -> Self:
         """Begin in a new or empty folder. Raises EvidenceError."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if there - {BUNDLES_FOLDER} or (folder.exists() and not folder.is_dir()):
             raise EvidenceError(
                 f"{folder}: is not empty; give another --out, or go on with --resume {folder}"
             )
@@ -136,7 +139,7 @@ class Evidence:
         name, (header, rows) = self._table(place, "window")
         if len(rows) != 1 or len(rows[0]) != len(header):
             raise EvidenceError(f"{self.folder / name}: must hold one row")
-        fields = {k: v if v else None for k, v in zip(header, rows[0], strict=True)}
+        fields = {k: v or None for k, v in zip(header, rows[0], strict=True)}
         try:
             window = msgspec.convert(fields, Window, strict=False)
         except msgspec.ValidationError as error:
@@ -160,7 +163,7 @@ class Evidence:
             return None
         name, (header, rows) = self._table(place, "power")
         times_s, powers_w = self._floats(name, header, rows, ("t_s", "power_w"))
-        if any(b <= a for a, b in zip(times_s, times_s[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(times_s)):
             raise EvidenceError(f"{self.folder / name}: times must ascend")
         return times_s, powers_w
 

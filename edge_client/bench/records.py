@@ -14,6 +14,7 @@ from typing import Annotated, Final, Literal, NamedTuple
 from msgspec import Meta, Struct
 
 from wire_protocol.encodings import Encoding
+from wire_protocol.energy import Boundary
 
 FORMAT: Final = "musplit-bench/1"
 # What a figure needs to be reported (after EEMBC's rules for MLPerf Tiny).
@@ -49,7 +50,7 @@ class ModelPower(Record, frozen=True):
 
     idle_w: Annotated[float, Meta(gt=0)]
     load_w: Annotated[float, Meta(gt=0)]
-    boundary: str
+    boundary: Boundary
     source: str
 
 
@@ -66,6 +67,7 @@ class Configuration(Record, frozen=True):
     window_s: Annotated[float, Meta(gt=0, le=86_400)]
     repeats: Annotated[int, Meta(ge=1, le=1000)]
     rate_hz: Annotated[float, Meta(gt=0, le=10_000)]  # of the power samples
+    meter: str  # as asked for; empty: whatever was found
     gpio: str  # empty: no edge
     profile: str  # empty: none
     cuts: Annotated[list[Cut], Meta(min_length=1)]
@@ -120,7 +122,7 @@ class Latencies(NamedTuple):
     all are counted. Phases are 0 for forwards.
     """
 
-    index: list[int]
+    number: list[int]
     seconds: list[float]
     perturb_s: list[float]
     forward_s: list[float]

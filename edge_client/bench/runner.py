@@ -77,9 +77,7 @@ def run_bench(
                 what = f"{label}: {place.kind} {place.repeat + 1}"
                 begin_s = done_s
 
-                def tick(
-                    elapsed_s: float, begin_s: float = begin_s, what: str = what
-                ) -> None:
+                def tick(elapsed_s: float, begin_s: float = begin_s, what: str = what) -> None:
                     notify(begin_s + min(elapsed_s, target_s), what)
 
                 tick(0.0)

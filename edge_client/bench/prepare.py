@@ -1,0 +1,112 @@
+"""Before the first window: the board's profile, the meter, and a new or a resumed folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from edge_client.bench.environment import Environment, board_model, read_environment
+from edge_client.bench.evidence import Evidence
+from edge_client.bench.gpio import open_edge
+from edge_client.bench.records import FORMAT, Configuration, ModelPower
+from edge_client.bench.runner import describe
+from edge_client.bundle import read_bundle
+from edge_client.errors import EvidenceError, UnmeasuredError
+from edge_client.power.find import MeterOptions, find_meter
+from edge_client.power.meter import Meter
+from firmware_profiles.catalogue import catalogue
+from firmware_profiles.schema import Profile
+from wire_protocol.encodings import Encoding
+from wire_protocol.energy import NoEnergy
+
+# What the experiments use; latency does not depend on it.
+_LAM: Final = 1e-3
+_X86: Final = "laptop"
+
+
+class Asked(NamedTuple):
+    """What a bench is asked for, beside bundles and meter; fields as of records.Configuration."""
+
+    batch: int
+    directions: int
+    encoding: Encoding
+    threads: int | None  # None: the profile's
+    window_s: float
+    repeats: int
+    rate_hz: float
+    meter: str
+    gpio: str
+
+
+def own_profile(root: Path = Path("/")) -> Profile | None:
+    """The profile of this machine, by what its device tree calls it; None: no such profile."""
+    model = board_model(root)
+    if model is not None:
+        fits = [p for p in catalogue() if model.startswith(p.title)]
+        return max(fits, key=lambda p: len(p.title), default=None)
+    if platform.machine() != "x86_64":
+        return None
+    return next((p for p in catalogue() if p.name == _X86), None)
+
+
+def choose_meter(
+    asked: Asked, mode: str | None, *, required: bool, root: Path = Path("/")
+) -> Meter | NoEnergy:
+    """The meter, or why there is none. Raises UnmeasuredError, MeterError."""
+    if mode == "performance":
+        found: Meter | NoEnergy = NoEnergy("performance mode: power is not sampled")
+    else:
+        found = find_meter(MeterOptions(asked.meter, asked.rate_hz), root)
+    if isinstance(found, NoEnergy) and (required or mode == "energy"):
+        raise UnmeasuredError(f"measured energy is required: {found.reason}")
+    return found
+
+
+def begin(
+    folder: Path, bundles: Sequence[Path], meter: Meter | NoEnergy, profile: Profile | None,
+    asked: Asked,
+) -> Evidence:  # fmt: skip
+    """A new folder of evidence. Raises EvidenceError, BundleError, GpioError."""
+    open_edge(asked.gpio).close()  # better now than after a model was exported and loaded
+    fields = asked._asdict()
+    fields["threads"] = asked.threads or (profile.runtime.threads if profile else 1)
+    configuration = Configuration(
+        format=FORMAT, mode="performance" if isinstance(meter, NoEnergy) else "energy", lam=_LAM,
+        profile=profile.name if profile else "", model_power=_model_power(profile),
+        cuts=[describe(read_bundle(bundle)) for bundle in bundles], **fields,
+    )  # fmt: skip
+    return Evidence.create(folder, configuration, _environment(meter))
+
+
+def go_on(folder: Path, root: Path = Path("/")) -> tuple[Evidence, Meter | NoEnergy]:
+    """A folder that lacks windows, and the meter it was begun with. Raises EvidenceError."""
+    evidence = Evidence.open(folder)
+    asked, first = evidence.configuration, evidence.environments[0]
+    meter: Meter | NoEnergy = NoEnergy(first.meter_reason or "performance mode")
+    if not evidence.missing():
+        return evidence, meter
+    if asked.mode == "energy":
+        meter = find_meter(MeterOptions(asked.meter, asked.rate_hz), root)
+        if isinstance(meter, NoEnergy):
+            raise EvidenceError(f"{folder}: was begun with a meter, and now: {meter.reason}")
+    evidence.add_environment(_environment(meter))
+    return evidence, meter
+
+
+def _environment(meter: Meter | NoEnergy) -> Environment:
+    if isinstance(meter, NoEnergy):
+        return read_environment(None, meter.reason)
+    return read_environment(meter.origin, None)
+
+
+def _model_power(profile: Profile | None) -> ModelPower | None:
+    if profile is None:
+        return None
+    idle, load = profile.power.idle, profile.power.load
+    source = (
+        f"profile {profile.name}; idle {idle.confidence}: {idle.source}; load {load.confidence}: "
+        f"{load.source}"
+    )
+    return ModelPower(idle.value_w, load.value_w, idle.boundary, source)
