@@ -4,6 +4,7 @@ wire_protocol.errors.InputError
 |- ShardError    the data shard cannot be read, or does not fit the model
 |- BundleError   the client bundle is missing, damaged, or another one
 |- StateError    the state folder cannot be used
+|- PaceError     this machine cannot stand for a board, or the file about it is wrong
 |- MeterError    a power meter cannot be read, or is not what was named
 |- GapError      readings of a meter are missing: the window has no energy
 |- EvidenceError  a bench's evidence is damaged, altered, or of another machine
@@ -28,6 +29,10 @@ class BundleError(InputError):
 
 class StateError(InputError):
     """The state folder cannot be used."""
+
+
+class PaceError(InputError):
+    """A board that this machine cannot stand for, or a wrong file that says which."""
 
 
 class MeterError(InputError):

@@ -73,14 +73,16 @@ class Trainer:
         self._clock = PhaseClock(self._read_clock_s)
         self._measured_round = number
         xs, labels = self._batch()
-        self._session.start_round()
+        self._session.start_round(number)
         directions = welcome.directions if welcome.feedback == "loss_difference" else 0
         for part in zo_step(
             self._session, self.theta, xs, self._origin, directions, welcome.lam,
             self._generator, self._clock,
         ):  # fmt: skip
+            self._session.leave()
             if part is None:
                 yield None
+                self._session.go_on()
                 continue
             begin_s = self._read_clock_s()
             first = isinstance(part, Activation)
@@ -89,9 +91,11 @@ class Trainer:
                 welcome.run, epoch, number, 0 if isinstance(part, Activation) else part.first_k,
                 part.tensor, labels if first else _NO_LABELS, welcome.encoding,
             )  # fmt: skip
-            payload = encode_frame(frame, compressed=welcome.compression == "zstd")
+            with self._session.other_work():
+                payload = encode_frame(frame, compressed=welcome.compression == "zstd")
             self._sent_s = self._clock.lap("encode_s", begin_s)
             yield payload
+            self._session.go_on()
 
     def check_gradient(self, frame: Frame) -> None:
         """Raise HeaderError unless a cut gradient is one of this run's."""
@@ -115,13 +119,16 @@ class Trainer:
         if self._measured_round != number:
             self._clock = PhaseClock(self._read_clock_s)
             self._measured_round = number
+        self._session.begin()
         scalars: list[float] = []
         for scalar in derivatives(
             self._session, self.theta, self._batch()[0], gradient, self._origin,
             welcome.directions, welcome.lam, self._generator, self._clock,
         ):  # fmt: skip
             scalars.append(scalar)
+            self._session.leave()
             yield None
+            self._session.go_on()
         self._sent_s = self._read_clock_s()
         with np.errstate(over="ignore"):  # the server refuses what is not finite
             payload = np.asarray(scalars, "<f4").tobytes()
@@ -151,7 +158,8 @@ class Trainer:
         bundle: `next_round` is 0 then, and the caller asks for what is missing. Raises BundleError.
         """
         begin_s = self._read_clock_s()
-        self._client.apply(commit, self.welcome.run_seed, self.welcome.lam, self._generator)
+        with self._session.other_work():
+            self._client.apply(commit, self.welcome.run_seed, self.welcome.lam, self._generator)
         self.next_round = commit.round + 1
         if commit.client_sha256 and sha256(self.state) != commit.client_sha256:
             self.start_over()

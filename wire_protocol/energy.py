@@ -67,3 +67,43 @@ class NoEnergy(Struct, frozen=True, forbid_unknown_fields=True, tag="none"):
 
 
 Energy = EnergyMeasured | EnergyModelled | NoEnergy
+
+
+class MeasuredByPhase(Struct, frozen=True, forbid_unknown_fields=True, tag="measured"):
+    """What a device's run has taken so far, by a meter. The phases add up to energy_j."""
+
+    energy_j: Joules
+    perturb_energy_j: Joules
+    forward_energy_j: Joules
+    encode_energy_j: Joules
+    radio_energy_j: Joules
+    replay_energy_j: Joules
+    wait_energy_j: Joules
+    idle_w: Watts | None  # measured before the run; None: it was not
+    uncertainty_j: Joules  # of energy_j; coverage factor 2
+    window_s: Span
+    samples: Annotated[int, Meta(ge=0, lt=1 << 40)]
+    largest_gap_s: Span  # of the run so far
+    gap_s: Span  # since the report before
+    origin: Origin
+
+
+class ModelledByPhase(Struct, frozen=True, forbid_unknown_fields=True, tag="modelled"):
+    """What a device's run has taken so far, by a model. The phases add up to modelled_j."""
+
+    modelled_j: Joules
+    modelled_low_j: Joules
+    modelled_high_j: Joules
+    perturb_modelled_j: Joules
+    forward_modelled_j: Joules
+    encode_modelled_j: Joules
+    radio_modelled_j: Joules
+    replay_modelled_j: Joules
+    wait_modelled_j: Joules
+    window_s: Span
+    boundary: Boundary
+    model: Line
+    source: Line
+
+
+RunEnergy = MeasuredByPhase | ModelledByPhase | NoEnergy

@@ -1,0 +1,45 @@
+"""How a meter is named: KIND, KIND:ARGUMENT or KIND:ARGUMENT?KEY=VALUE&KEY=VALUE."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+from urllib.parse import parse_qsl
+
+from edge_client.errors import MeterError
+
+# Beside these: auto, model, none.
+FOUND_HERE: Final = ("pmic", "ina260", "ina226", "ina219", "ina3221", "rapl")
+GIVEN: Final = ("hwmon", "usb-csv", "bench-csv", "lines", "plug-http", "plug-mqtt")
+_KEYS: Final = {
+    "usb-csv": {"time", "power", "voltage", "current", "volts"},
+    "bench-csv": {"time", "power", "voltage", "current", "volts"},
+    "lines": {"baud"},
+}
+
+
+class MeterSpec(NamedTuple):
+    """A meter as it was named."""
+
+    kind: str
+    argument: str
+    options: dict[str, str]
+
+
+def parse_spec(text: str) -> MeterSpec:
+    """Raises MeterError."""
+    kind, _, argument = text.partition(":")
+    known = ("auto", "model", "none", *FOUND_HERE, *GIVEN)
+    if kind not in known:
+        raise MeterError(f"meter {text!r}: no such kind; write one of {', '.join(known)}")
+    options: dict[str, str] = {}
+    if kind in _KEYS:
+        argument, _, query = argument.partition("?")
+        options = dict(parse_qsl(query))
+        if unknown := set(options) - _KEYS[kind]:
+            raise MeterError(
+                f"meter {text!r}: unknown {', '.join(sorted(unknown))}; {kind} takes "
+                f"{', '.join(sorted(_KEYS[kind]))}"
+            )
+    if kind in GIVEN and not argument:
+        raise MeterError(f"meter {text!r}: {kind} needs an argument, {kind}:..; see docs/energy.md")
+    return MeterSpec(kind, argument, options)
