@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from datetime import datetime
@@ -43,10 +42,10 @@ _BESIDE_RESUME = {"resume", "output", "require_measured"}
 @click.option("--mode", type=click.Choice(["energy", "performance"]),
               help="performance: sample no power.  [default: energy, where a meter is found]"
               )  # fmt: skip
-@click.option("--meter", default="", metavar="SPEC",
-              help="The power meter, KIND or KIND:ARGUMENT.  [default: what is found]")  # fmt: skip
-@click.option("--rate-hz", default=10.0, type=FiniteRange(0.1, 1000), show_default=True,
-              metavar="HZ", help="Of the power samples.")  # fmt: skip
+@click.option("--meter", default="auto", metavar="SPEC", show_default=True,
+              help="The power meter, KIND or KIND:ARGUMENT.")  # fmt: skip
+@click.option("--rate-hz", type=FiniteRange(0.1, 1000), metavar="HZ",
+              help="Of the power samples.  [default: what suits the meter]")  # fmt: skip
 @click.option("--out", type=_FOLDER, metavar="EVIDENCE",
               help="Folder to write.  [default: evidence/bench-TIME]")  # fmt: skip
 @click.option("--window-s", default=10.0, type=FiniteRange(0.05, 3600), show_default=True,
@@ -109,7 +108,7 @@ def bench(
                 fail("bench: --cut and --input-shape go with --model", 2)
             board = load_profile(profile) if profile else own_profile()
             wanted = Asked(**asked)
-            meter = choose_meter(wanted, mode, required=require_measured)
+            meter = choose_meter(wanted, board, mode, required=require_measured)
             if isinstance(meter, NoEnergy):
                 say(f"energy is not measured: {meter.reason}")
             folder = out or Path("evidence") / f"bench-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
@@ -142,7 +141,7 @@ def _run(evidence: Evidence, meter: Meter | NoEnergy, output: str, *, required: 
     from edge_client.bench.report import REPORT_FILE, write_report
     from edge_client.bench.results import IterationEnergy
     from edge_client.bench.runner import planned_s, run_bench
-    from edge_client.bench.summary import table
+    from edge_client.bench.summary import as_json, table
     from edge_client.errors import UnmeasuredError
     from wire_protocol.energy import NoEnergy
 
@@ -160,9 +159,7 @@ def _run(evidence: Evidence, meter: Meter | NoEnergy, output: str, *, required: 
             sampled.close()
     results, _ = write_report(evidence)
     if output == "json":
-        import msgspec
-
-        print(json.dumps({**msgspec.to_builtins(results), "folder": str(evidence.folder)}))
+        print(as_json(results, folder=str(evidence.folder)))
     else:
         print(table(results))
     say(f"report: {evidence.folder / REPORT_FILE}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -26,14 +25,12 @@ def report(evidence: Path, output: str) -> None:
     with guarded():
         from edge_client.bench.evidence import Evidence
         from edge_client.bench.report import write_report
-        from edge_client.bench.summary import table
+        from edge_client.bench.summary import as_json, table
 
         results, written = write_report(Evidence.open(evidence))
     if output == "json":
-        import msgspec
-
         files = {str(file.path.relative_to(evidence)): file.change for file in written}
-        print(json.dumps({**msgspec.to_builtins(results), "files": files}))
+        print(as_json(results, files=files))
         return
     print(table(results))
     for file in written:

@@ -40,7 +40,7 @@ class Environment(Record, frozen=True):
 def read_environment(
     meter: Origin | None, meter_reason: str | None, root: Path = Path("/")
 ) -> Environment:
-    """This machine, now."""
+    """The machine that runs this, now."""
     return Environment(
         started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         board=board_model(root),

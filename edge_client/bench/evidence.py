@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import math
 import re
 import tomllib
@@ -29,7 +30,6 @@ from edge_client.bench.records import FORMAT, Configuration, Latencies, Place, W
 from edge_client.bench.toml_text import to_toml
 from edge_client.errors import EvidenceError, StateError
 from edge_client.files import replacing
-import itertools
 
 CONFIGURATION_FILE: Final = "configuration.toml"
 ENVIRONMENT_FILE: Final = "environment.json"
@@ -85,8 +85,8 @@ class Evidence:
             if match is None or ".." in line or match[2].startswith("/") or match[2] in digests:
                 raise EvidenceError(f"{folder / MANIFEST_FILE}: line {number} is damaged")
             digests[match[2]] = match[1]
-        for name in digests:
-            _check(folder, name, digests[name])
+        for name, digest in digests.items():
+            _check(folder, name, digest)
         return cls(folder, digests)
 
     @property

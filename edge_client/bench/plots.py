@@ -54,7 +54,7 @@ def all_plots(evidence: Evidence, results: Results) -> dict[str, str]:
         if energies:
             plots[f"energy-{kind}"] = _bars(f"Energy of one {what}", energies, "J", kind)
     for number, cut in enumerate(results.cuts):
-        power = _power(evidence, number, cut)
+        power = _power(evidence, cut)
         if power:
             plots[f"power-cut{number}"] = power
     for name, title, unit in (
@@ -121,7 +121,7 @@ def _bars(title: str, bars: Sequence[_Bar], unit: str, kind: str) -> str:
         canvas.rectangle(_LEFT, y + 20, scale.at(bar.value) - _LEFT, 12, fill, outline=outline)
         _whisker(canvas, scale.at(bar.low), scale.at(bar.high), y + 26)
         for dot in bar.dots:
-            canvas.circle(scale.at(dot), y + 26, 2, "#fff")
+            canvas.circle(scale.at(dot), y + 26, 2.5, "#fff", outline=INK)
     return canvas.render()
 
 
@@ -133,7 +133,7 @@ def _whisker(canvas: Canvas, low: float, high: float, y: float) -> None:
         canvas.line(x, y - 4, x, y + 4, INK, 1.5)
 
 
-def _power(evidence: Evidence, number: int, cut: CutResult) -> str:
+def _power(evidence: Evidence, cut: CutResult) -> str:
     """Watts in the median step window of a cut; empty when there is none."""
     steps = sorted(
         (w for w in cut.windows if _is(w, "step") and w.mean_w is not None),

@@ -16,6 +16,8 @@ from edge_client.bundle import read_bundle
 from edge_client.errors import EvidenceError, UnmeasuredError
 from edge_client.power.find import MeterOptions, find_meter
 from edge_client.power.meter import Meter
+from edge_client.power.model import board_model as power_model
+from edge_client.power.sampler import RATE_HZ
 from firmware_profiles.catalogue import catalogue
 from firmware_profiles.schema import Profile
 from wire_protocol.encodings import Encoding
@@ -35,7 +37,7 @@ class Asked(NamedTuple):
     threads: int | None  # None: the profile's
     window_s: float
     repeats: int
-    rate_hz: float
+    rate_hz: float | None  # None: what suits the meter
     meter: str
     gpio: str
 
@@ -52,13 +54,13 @@ def own_profile(root: Path = Path("/")) -> Profile | None:
 
 
 def choose_meter(
-    asked: Asked, mode: str | None, *, required: bool, root: Path = Path("/")
+    asked: Asked, profile: Profile | None, mode: str | None, *, required: bool
 ) -> Meter | NoEnergy:
     """The meter, or why there is none. Raises UnmeasuredError, MeterError."""
     if mode == "performance":
         found: Meter | NoEnergy = NoEnergy("performance mode: power is not sampled")
     else:
-        found = find_meter(MeterOptions(asked.meter, asked.rate_hz), root)
+        found = find_meter(MeterOptions(asked.meter, asked.rate_hz), profile)
     if isinstance(found, NoEnergy) and (required or mode == "energy"):
         raise UnmeasuredError(f"measured energy is required: {found.reason}")
     return found
@@ -71,16 +73,18 @@ def begin(
     """A new folder of evidence. Raises EvidenceError, BundleError, GpioError."""
     open_edge(asked.gpio).close()  # better now than after a model was exported and loaded
     fields = asked._asdict()
-    fields["threads"] = asked.threads or (profile.runtime.threads if profile else 1)
+    threads = asked.threads or (profile.runtime.threads if profile else 1)
+    rate_hz = RATE_HZ if isinstance(meter, NoEnergy) else meter.origin.rate_hz
+    fields |= {"threads": threads, "rate_hz": asked.rate_hz or rate_hz}
     configuration = Configuration(
         format=FORMAT, mode="performance" if isinstance(meter, NoEnergy) else "energy", lam=_LAM,
-        profile=profile.name if profile else "", model_power=_model_power(profile),
+        profile=profile.name if profile else "", model_power=_model_power(profile, threads),
         cuts=[describe(read_bundle(bundle)) for bundle in bundles], **fields,
     )  # fmt: skip
     return Evidence.create(folder, configuration, _environment(meter))
 
 
-def go_on(folder: Path, root: Path = Path("/")) -> tuple[Evidence, Meter | NoEnergy]:
+def go_on(folder: Path) -> tuple[Evidence, Meter | NoEnergy]:
     """A folder that lacks windows, and the meter it was begun with. Raises EvidenceError."""
     evidence = Evidence.open(folder)
     asked, first = evidence.configuration, evidence.environments[0]
@@ -88,7 +92,7 @@ def go_on(folder: Path, root: Path = Path("/")) -> tuple[Evidence, Meter | NoEne
     if not evidence.missing():
         return evidence, meter
     if asked.mode == "energy":
-        meter = find_meter(MeterOptions(asked.meter, asked.rate_hz), root)
+        meter = find_meter(MeterOptions(asked.meter, asked.rate_hz), own_profile())
         if isinstance(meter, NoEnergy):
             raise EvidenceError(f"{folder}: was begun with a meter, and now: {meter.reason}")
     evidence.add_environment(_environment(meter))
@@ -101,12 +105,5 @@ def _environment(meter: Meter | NoEnergy) -> Environment:
     return read_environment(meter.origin, None)
 
 
-def _model_power(profile: Profile | None) -> ModelPower | None:
-    if profile is None:
-        return None
-    idle, load = profile.power.idle, profile.power.load
-    source = (
-        f"profile {profile.name}; idle {idle.confidence}: {idle.source}; load {load.confidence}: "
-        f"{load.source}"
-    )
-    return ModelPower(idle.value_w, load.value_w, idle.boundary, source)
+def _model_power(profile: Profile | None, threads: int) -> ModelPower | None:
+    return None if profile is None else ModelPower(*power_model(profile, threads))

@@ -34,12 +34,15 @@ class MeasuredProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:
-            answer = msgspec.json.decode(self._line(lambda _: None), type=Ready | Failed)
-            if isinstance(answer, Failed):
-                raise BenchError(answer.text)
+            self._check_ready()
         except BaseException:
             self.close()
             raise
+
+    def _check_ready(self) -> None:
+        answer = msgspec.json.decode(self._line(lambda _: None), type=Ready | Failed)
+        if isinstance(answer, Failed):
+            raise BenchError(answer.text)
 
     def take(self, order: Order, tick: Tick) -> Done:
         """One window. Raises BenchError when the child ends in it."""

@@ -46,10 +46,11 @@ class Cut(Record, frozen=True):
 
 
 class ModelPower(Record, frozen=True):
-    """The profile's power figures, from which joules are modelled when none are measured."""
+    """The board's model, for when no joules are measured: as edge_client.power.model.BoardModel."""
 
+    board: str
     idle_w: Annotated[float, Meta(gt=0)]
-    load_w: Annotated[float, Meta(gt=0)]
+    busy_w: Annotated[float, Meta(gt=0)]
     boundary: Boundary
     source: str
 
@@ -66,8 +67,8 @@ class Configuration(Record, frozen=True):
     threads: Annotated[int, Meta(ge=1)]
     window_s: Annotated[float, Meta(gt=0, le=86_400)]
     repeats: Annotated[int, Meta(ge=1, le=1000)]
-    rate_hz: Annotated[float, Meta(gt=0, le=10_000)]  # of the power samples
-    meter: str  # as asked for; empty: whatever was found
+    rate_hz: Annotated[float, Meta(gt=0, le=10_000)]  # of the power samples, as asked for
+    meter: str  # as asked for
     gpio: str  # empty: no edge
     profile: str  # empty: none
     cuts: Annotated[list[Cut], Meta(min_length=1)]

@@ -35,13 +35,13 @@ from edge_client.bench.records import (
 )
 from edge_client.errors import EvidenceError, GapError
 from edge_client.power.integrate import Trace, integrate
+from edge_client.power.model import BoardModel
 from wire_protocol.energy import EnergyMeasured, EnergyModelled, NoEnergy, Origin
 
 RESULTS_FORMAT: Final = "musplit-bench-results/1"
 _FLOAT_BYTES: Final = 4
 # Written results have so many digits: sums may differ in the last ones between processors.
 _DIGITS: Final = 6
-_MODEL_BOUND: Final = 0.4  # of a modelled power, either way
 _NOTED_SPREAD: Final = 0.1
 
 
@@ -219,7 +219,7 @@ def _figures(evidence: Evidence, taken: Sequence[_Taken], idle_w: float | None) 
         spread_relative=_spread(medians_s),
         utilisation=min(1.0, utilisation),
         phases=_phases(taken) if taken[0].place.kind == "step" else None,
-        energy=_energy(evidence, taken, idle_w, mean_s, min(1.0, utilisation)),
+        energy=_energy(evidence, taken, idle_w, mean_s),
     )
 
 
@@ -236,8 +236,7 @@ def _phases(taken: Sequence[_Taken]) -> Phases:
 
 
 def _energy(
-    evidence: Evidence, taken: Sequence[_Taken], idle_w: float | None, mean_s: float,
-    utilisation: float,
+    evidence: Evidence, taken: Sequence[_Taken], idle_w: float | None, mean_s: float
 ) -> IterationEnergy | EnergyModelled | NoEnergy:  # fmt: skip
     measured = [(t, t.energy) for t in taken if isinstance(t.energy, EnergyMeasured)]
     if measured:
@@ -250,20 +249,7 @@ def _energy(
     if power is None:
         why = evidence.environments[0].meter_reason or "performance mode: power is not sampled"
         return NoEnergy(f"{why}; and no profile to model it from: give --profile")
-    watts = power.idle_w + (power.load_w - power.idle_w) * utilisation
-    joules = watts * mean_s
-    return EnergyModelled(
-        modelled_j=joules,
-        modelled_low_j=joules * (1 - _MODEL_BOUND),
-        modelled_high_j=joules * (1 + _MODEL_BOUND),
-        window_s=mean_s,
-        boundary=power.boundary,
-        model=(
-            f"({power.idle_w:g} W + {power.load_w - power.idle_w:g} W x utilisation "
-            f"{utilisation:.3f}) x time, within {_MODEL_BOUND:.0%}"
-        ),
-        source=power.source,
-    )
+    return BoardModel(*msgspec.structs.astuple(power)).energy(busy_s=mean_s, idle_s=0.0)
 
 
 def _measured(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+import msgspec
 
 from edge_client.bench.results import Figures, IterationEnergy, Results
 from edge_client.bench.svg import quantity
@@ -13,6 +16,11 @@ from wire_protocol.messages import printable
 def table(results: Results) -> str:
     """Lines for people."""
     return printable_lines(_lines(results))
+
+
+def as_json(results: Results, **more: Any) -> str:
+    """One object: the fields of results.json, and what a command adds."""
+    return msgspec.json.encode({**msgspec.to_builtins(results), **more}).decode()
 
 
 def printable_lines(lines: Iterator[str]) -> str:

@@ -61,9 +61,12 @@ class Canvas:
             f'rx="2" fill="{fill}"{dashes}/>'
         )
 
-    def circle(self, x: float, y: float, radius: float, fill: str) -> None:
+    def circle(self, x: float, y: float, radius: float, fill: str, *, outline: str = "") -> None:
         """A dot."""
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{fill}"/>')
+        stroke = f' stroke="{outline}"' if outline else ""
+        self._parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{fill}"{stroke}/>'
+        )
 
     def path(self, points: Sequence[tuple[float, float]], colour: str) -> None:
         """A line through points."""
