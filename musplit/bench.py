@@ -95,9 +95,10 @@ def bench(
         if resume is not None:
             typed = click.core.ParameterSource.COMMANDLINE
             given: dict[str, object] = {
-                f"--{name.replace('_', '-').removesuffix('s')}": True
-                for name in context.params
-                if name not in _BESIDE_RESUME and context.get_parameter_source(name) is typed
+                option.opts[0]: True
+                for option in context.command.params
+                if option.name not in _BESIDE_RESUME
+                and context.get_parameter_source(option.name or "") is typed
             }
             check_alone(resume, given)
             evidence, meter = go_on(resume)

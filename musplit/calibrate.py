@@ -30,8 +30,8 @@ def calibrate(evidence: Path, profile: str, out: Path, output: str) -> None:
     with guarded():
         from edge_client.bench.calibrate import calibrate as calibrated
         from edge_client.bench.calibrate import write_profile
+        from edge_client.bench.compute import compute_results
         from edge_client.bench.evidence import Evidence
-        from edge_client.bench.results import compute_results
         from firmware_profiles.catalogue import load_profile
 
         if out.suffix != ".toml":

@@ -8,6 +8,7 @@ finding, and sampling power costs it no time. It answers one JSON line on stdout
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -202,6 +203,7 @@ def serve(task: Task, orders: BinaryIO, answers: BinaryIO) -> None:
     except MusplitError as error:
         answer(Failed(str(error), error.exit_code))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the line must not stay high
     answer(Ready())
     try:
         for line in orders:

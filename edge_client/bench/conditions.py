@@ -40,23 +40,19 @@ def read_conditions(root: Path = _ROOT) -> Conditions:
 
 
 def throttled(before: str | None, after: str | None) -> bool | None:
-    """Whether a window was throttled, by its two words; None: the machine does not tell."""
+    """Whether a window was throttled, by its two words; None: the machine does not tell.
+
+    Raises ValueError when they are no such words.
+    """
     if before is None or after is None:
         return None
     kind, _, first = before.partition(":")
-    second = after.partition(":")[2]
+    same, _, second = after.partition(":")
+    if kind != same or kind not in {"vcgencmd", "counter"}:
+        raise ValueError(f"{before!r} and {after!r} are no throttle words")
     if kind == "vcgencmd":
         return bool((int(first, 16) | int(second, 16)) & _PI_FLAGS)
     return int(second) > int(first)
-
-
-def check_throttle(word: str) -> str:
-    """A word as above, unchanged. Raises ValueError."""
-    kind, colon, number = word.partition(":")
-    if not colon or kind not in {"vcgencmd", "counter"}:
-        raise ValueError(f"{word!r} is no throttle word")
-    int(number, 16 if kind == "vcgencmd" else 10)
-    return word
 
 
 def _frequency_hz(root: Path) -> float | None:

@@ -63,7 +63,7 @@ class FileEdge:
     """Rows `t_s,level` of the monotonic clock."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="ascii")
+        self._file = path.open("a", buffering=1, encoding="ascii")
         if not self._file.tell():
             self._file.write("t_s,level\n")
 

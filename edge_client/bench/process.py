@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Final, Self
 
@@ -17,7 +18,7 @@ from edge_client.bench.child import Done, Failed, Order, Ready, Task
 from edge_client.errors import BenchError
 
 _TICK_S: Final = 0.25
-_GRACE_S: Final = 5.0
+_GRACE_S: Final = 1.0
 
 Tick = Callable[[float], None]  # told the seconds since a window was ordered
 
@@ -55,16 +56,16 @@ class MeasuredProcess:
         return msgspec.json.decode(self._line(tick), type=Done)
 
     def close(self) -> None:
-        """End the child, whatever it does."""
-        self._child.terminate()
-        try:
-            self._child.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None:
-                pipe.close()
+        """End the child, whatever it does: no more orders, then by signals."""
+        with suppress(BrokenPipeError), self._child:  # closes the pipes, and waits
+            assert self._child.stdin is not None
+            self._child.stdin.close()
+            for number in (None, signal.SIGTERM, signal.SIGKILL):
+                if number is not None:
+                    self._child.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._child.wait(_GRACE_S)
+                    return
 
     def _line(self, tick: Tick) -> bytes:
         """The child's next line; `tick` is called while it is awaited."""

@@ -2,7 +2,7 @@
 
 A bench measures cuts (client bundles) one after the other. Of each it takes windows: idle before,
 `repeats` of forward passes, `repeats` of zeroth-order steps, idle after. Nothing here is computed
-from anything else here; edge_client/bench/results.py does that.
+from anything else here; edge_client/bench/compute.py does that.
 """
 
 from __future__ import annotations

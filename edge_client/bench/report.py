@@ -7,10 +7,11 @@ from typing import Final, Literal
 
 import msgspec
 
+from edge_client.bench.compute import compute_results
 from edge_client.bench.evidence import Evidence
 from edge_client.bench.page import page
 from edge_client.bench.plots import all_plots
-from edge_client.bench.results import Results, compute_results
+from edge_client.bench.results import Results
 from edge_client.files import replacing
 
 RESULTS_FILE: Final = "results.json"
