@@ -7,9 +7,8 @@ wire_protocol.errors.InputError
 |- PaceError     this machine cannot stand for a board, or the file about it is wrong
 |- MeterError    a power meter cannot be read, or is not what was named
 |- GapError      readings of a meter are missing: the window has no energy
-|- EvidenceError  a bench's evidence is damaged, altered, or of another machine
+|- EvidenceError a bench's evidence is damaged, altered, or of another machine
 |- GpioError     the GPIO line cannot be driven
-|- UnmeasuredError  --require-measured, and something was not measured
 wire_protocol.errors.MusplitError
 |- BenchError    what a bench measures ended on its own
 """
@@ -41,10 +40,6 @@ class MeterError(InputError):
 
 class GapError(MeterError):
     """Too few readings of a meter: the window has no energy."""
-
-
-class UnmeasuredError(InputError):
-    """Measured energy was required, and is not there."""
 
 
 class EvidenceError(InputError):

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.agent import Agent, AgentSettings
+from edge_client.power.choose import EnergyChoice, energy_source
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
+from wire_protocol.errors import UnmeasuredError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import Leave, encode
 from wire_protocol.mqtt import Address, Link, Will
@@ -18,9 +20,12 @@ from wire_protocol.topics import Topics, check_name
 
 def run_device(
     settings: AgentSettings, address: Address, data: Path, state: Path, connect_s: float,
-    packet_limit: int, say: Callable[[str], None],
+    packet_limit: int, say: Callable[[str], None], choice: EnergyChoice,
 ) -> None:  # fmt: skip
-    """Take part until the run ends. Raises a MusplitError; says goodbye in any case."""
+    """Take part until the run ends. Raises a MusplitError; says goodbye in any case.
+
+    UnmeasuredError comes after the run: it counts, only its energy does not.
+    """
     keep_freed_memory()
     check_name(settings.device_id, "device id")
     topics = Topics(check_name(settings.fleet, "fleet"))
@@ -33,12 +38,13 @@ def run_device(
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
         will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit,
     )  # fmt: skip
+    energy = energy_source(choice, settings.threads, say)
     try:
         link.open(connect_s)
         say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}")
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
-        agent = Agent(settings, epoch, shard, store, link, say)
+        agent = Agent(settings, epoch, shard, store, link, say, energy)
         reason = "stopped"
         try:
             outcome = agent.run()
@@ -47,5 +53,8 @@ def run_device(
         finally:
             agent.leave(reason)
             link.close()
+        if choice.require_measured and agent.unmeasured:
+            raise UnmeasuredError(f"the run's energy is not measured: {agent.unmeasured}")
     finally:
+        energy.close()
         store.close()

@@ -24,7 +24,7 @@ from edge_client.errors import PaceError
 from edge_client.pacing import Pacing
 from edge_client.session import ClientSession
 from edge_client.zo_step import PhaseClock, zo_step
-from firmware_profiles.schema import Calibrated
+from firmware_profiles.schema import Calibrated, Power
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream
 from wire_protocol.messages import Welcome
 
@@ -70,6 +70,8 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
     turns: str  # folder for what the devices of this machine measure
     calibrated: list[Calibrated] = []
     delay: Delay = Delay()
+    power: Power | None = None  # what the model of its energy rests on
+    cores: Annotated[int, Meta(ge=1)] = 1
 
     def pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
         """For one run. Raises PaceError when the board is faster than this machine."""

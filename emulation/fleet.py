@@ -65,6 +65,7 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
         return StandIn(
             self.profile.name, self.ratio, self.profile.runtime.threads, self.host_threads,
             str(turns), speed.calibrated, self.delay,
+            self.profile.power, self.profile.cpu.cores,
         )  # fmt: skip
 
 

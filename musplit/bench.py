@@ -88,7 +88,8 @@ def bench(
     musplit bench --resume evidence
     """
     with guarded():
-        from edge_client.bench.prepare import Asked, begin, choose_meter, go_on, own_profile
+        from edge_client.bench.prepare import Asked, begin, choose_meter, go_on
+        from edge_client.power.choose import profile_here
         from firmware_profiles.catalogue import load_profile
         from wire_protocol.energy import NoEnergy
 
@@ -107,7 +108,7 @@ def bench(
                 fail("bench: give --bundle DIR (repeatable), or --model NAME", 2)
             if model is None and (cuts or shapes):
                 fail("bench: --cut and --input-shape go with --model", 2)
-            board = load_profile(profile) if profile else own_profile()
+            board = load_profile(profile) if profile else profile_here(Path("/"))
             wanted = Asked(**asked)
             meter = choose_meter(wanted, board, mode, required=require_measured)
             if isinstance(meter, NoEnergy):
@@ -143,8 +144,8 @@ def _run(evidence: Evidence, meter: Meter | NoEnergy, output: str, *, required: 
     from edge_client.bench.results import IterationEnergy
     from edge_client.bench.runner import planned_s, run_bench
     from edge_client.bench.summary import as_json, table
-    from edge_client.errors import UnmeasuredError
     from wire_protocol.energy import NoEnergy
+    from wire_protocol.errors import UnmeasuredError
 
     interrupted = False
     planned = planned_s(evidence.configuration, evidence.missing())

@@ -17,12 +17,13 @@ from click.testing import CliRunner
 from edge_client.bench import gpio
 from edge_client.bench.conditions import Conditions, read_conditions, throttled
 from edge_client.bench.evidence import Evidence
-from edge_client.bench.prepare import Asked, begin, go_on, own_profile
+from edge_client.bench.prepare import Asked, begin, go_on
 from edge_client.bench.records import Place
 from edge_client.bench.report import write_report
 from edge_client.bench.results import IterationEnergy
 from edge_client.bench.runner import run_bench
 from edge_client.errors import BenchError, EvidenceError, GpioError
+from edge_client.power.choose import profile_here
 from edge_client.power.meter import Reading
 from export.exporter import export_model
 from musplit.cli import main
@@ -31,7 +32,7 @@ from wire_protocol.energy import NoEnergy
 QUIET = NoEnergy("no meter asked for")
 ASKED = Asked(
     batch=4, directions=2, encoding="float32", threads=1, window_s=0.1, repeats=2, rate_hz=100.0,
-    meter="none", gpio="",
+    meter="model", gpio="",
 )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def invoke(*arguments):
 def test_the_command_measures_and_says_what_it_did_not(tmp_path, bundle):
     out = tmp_path / "evidence"
     result = invoke(
-        "--bundle", bundle, "--meter", "none", "--window-s", 0.1, "--repeats", 2, "--batch", 4,
+        "--bundle", bundle, "--meter", "model", "--window-s", 0.1, "--repeats", 2, "--batch", 4,
         "--directions", 2, "--profile", "laptop", "--out", out, "--format", "json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -83,7 +84,7 @@ def test_the_command_measures_and_says_what_it_did_not(tmp_path, bundle):
 def test_required_measurements_are_asked_for_before_anything_is_written(tmp_path, bundle):
     for flags in (["--require-measured"], ["--mode", "energy"]):
         out = tmp_path / "evidence"
-        result = invoke("--bundle", bundle, "--meter", "none", "--out", out, *flags)
+        result = invoke("--bundle", bundle, "--meter", "model", "--out", out, *flags)
         assert result.exit_code == 3
         assert result.stderr.count("\n") == 1
         assert "measured energy is required" in result.stderr
@@ -97,14 +98,14 @@ def test_required_measurements_are_asked_for_before_anything_is_written(tmp_path
         (("--bundle", "nowhere"), 3, "nowhere"),
         (("--bundle", "nowhere", "--cut", "fc1"), 2, "--model"),
         (("--resume", "nowhere"), 3, "MANIFEST.sha256"),
-        (("--resume", "nowhere", "--window-s", "1", "--meter", "none"), 2, "--window-s"),
+        (("--resume", "nowhere", "--window-s", "1", "--meter", "model"), 2, "--window-s"),
         (("--bundle", "nowhere", "--gpio", "gpiochip9:1"), 3, "--gpio gpiochip9:1"),
         (("--bundle", "nowhere", "--gpio", "../x:y"), 3, "write PIN"),
     ],
 )
 def test_wrong_requests_are_one_line(tmp_path, arguments, code, told):
     out = [] if "--resume" in arguments else ["--out", str(tmp_path / "evidence")]
-    meter = [] if "--resume" in arguments else ["--meter", "none"]
+    meter = [] if "--resume" in arguments else ["--meter", "model"]
     result = invoke(*arguments, *out, *meter)
     assert result.exit_code == code, result.output
     assert told in result.stderr
@@ -113,7 +114,7 @@ def test_wrong_requests_are_one_line(tmp_path, arguments, code, told):
 
 def test_a_meter_gives_gross_and_net_from_the_windows_of_the_latency(tmp_path, bundle):
     asked = ASKED._replace(window_s=1.0)  # readings are late on a busy machine
-    evidence = begin(tmp_path / "e", [bundle], Constant(), own_profile(), asked)
+    evidence = begin(tmp_path / "e", [bundle], Constant(), profile_here(), asked)
     run_bench(evidence, Constant(), lambda *_: None)
     results, _ = write_report(Evidence.open(tmp_path / "e"))
     (cut,) = results.cuts
@@ -134,7 +135,7 @@ def test_a_meter_gives_gross_and_net_from_the_windows_of_the_latency(tmp_path, b
 
 def test_what_is_done_stays_when_the_bench_is_interrupted(tmp_path, bundle):
     folder = tmp_path / "e"
-    evidence = begin(folder, [bundle], QUIET, own_profile(), ASKED)
+    evidence = begin(folder, [bundle], QUIET, profile_here(), ASKED)
 
     def interrupt(_done_s, what):
         if what.endswith("step 1"):

@@ -6,6 +6,7 @@ MusplitError                 exit code 1
 |  |- QueueFullError         more messages wait for the broker than the link holds
 |- RefusedError              5  the other side said no, with its reason
 |- StalledError              6  nothing happened within a documented bound
+|- UnmeasuredError           7  measured energy was required, and is not there
 |- ProtocolError             3  bytes from the network are not what the protocol allows
    |- ChecksumError             the CRC-32 does not match
    |- TruncatedError            fewer bytes than the header promises
@@ -50,6 +51,12 @@ class StalledError(MusplitError):
     """Nothing happened within a documented bound."""
 
     exit_code = 6
+
+
+class UnmeasuredError(MusplitError):
+    """Measured energy was required, and is not there."""
+
+    exit_code = 7
 
 
 class ProtocolError(MusplitError):

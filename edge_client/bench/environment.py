@@ -43,7 +43,7 @@ def read_environment(
     """The machine that runs this, now."""
     return Environment(
         started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        board=board_model(root),
+        board=_text(root / _MODEL),
         machine=platform.machine(),
         processor=_processor(root),
         cores=psutil.cpu_count() or 1,
@@ -56,11 +56,6 @@ def read_environment(
         meter=meter,
         meter_reason=meter_reason,
     )
-
-
-def board_model(root: Path = Path("/")) -> str | None:
-    """What the device tree calls the board; None: there is none."""
-    return _text(root / _MODEL)
 
 
 def _text(path: Path) -> str | None:

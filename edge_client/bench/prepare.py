@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from edge_client.bench.environment import Environment, board_model, read_environment
+from edge_client.bench.environment import Environment, read_environment
 from edge_client.bench.evidence import Evidence
 from edge_client.bench.gpio import open_edge
 from edge_client.bench.records import FORMAT, Configuration, ModelPower
 from edge_client.bench.runner import describe
 from edge_client.bundle import read_bundle
-from edge_client.errors import EvidenceError, UnmeasuredError
+from edge_client.errors import EvidenceError
+from edge_client.power.choose import profile_here
 from edge_client.power.find import MeterOptions, find_meter
 from edge_client.power.meter import Meter
-from edge_client.power.model import board_model as power_model
+from edge_client.power.model import board_model
 from edge_client.power.sampler import RATE_HZ
-from firmware_profiles.catalogue import catalogue
 from firmware_profiles.schema import Profile
 from wire_protocol.encodings import Encoding
 from wire_protocol.energy import NoEnergy
+from wire_protocol.errors import UnmeasuredError
 
 # What the experiments use; latency does not depend on it.
 _LAM: Final = 1e-3
-_X86: Final = "laptop"
+_NO_ENERGY: Final = "none"  # of --meter: not even a model
 
 
 class Asked(NamedTuple):
@@ -40,17 +40,6 @@ class Asked(NamedTuple):
     rate_hz: float | None  # None: what suits the meter
     meter: str
     gpio: str
-
-
-def own_profile(root: Path = Path("/")) -> Profile | None:
-    """The profile of this machine, by what its device tree calls it; None: no such profile."""
-    model = board_model(root)
-    if model is not None:
-        fits = [p for p in catalogue() if model.startswith(p.title)]
-        return max(fits, key=lambda p: len(p.title), default=None)
-    if platform.machine() != "x86_64":
-        return None
-    return next((p for p in catalogue() if p.name == _X86), None)
 
 
 def choose_meter(
@@ -78,7 +67,7 @@ def begin(
     fields |= {"threads": threads, "rate_hz": asked.rate_hz or rate_hz}
     configuration = Configuration(
         format=FORMAT, mode="performance" if isinstance(meter, NoEnergy) else "energy", lam=_LAM,
-        profile=profile.name if profile else "", model_power=_model_power(profile, threads),
+        profile=profile.name if profile else "", model_power=_model_power(profile, asked.meter, threads),
         cuts=[describe(read_bundle(bundle)) for bundle in bundles], **fields,
     )  # fmt: skip
     return Evidence.create(folder, configuration, _environment(meter))
@@ -92,7 +81,7 @@ def go_on(folder: Path) -> tuple[Evidence, Meter | NoEnergy]:
     if not evidence.missing():
         return evidence, meter
     if asked.mode == "energy":
-        meter = find_meter(MeterOptions(asked.meter, asked.rate_hz), own_profile())
+        meter = find_meter(MeterOptions(asked.meter, asked.rate_hz), profile_here(Path("/")))
         if isinstance(meter, NoEnergy):
             raise EvidenceError(f"{folder}: was begun with a meter, and now: {meter.reason}")
     evidence.add_environment(_environment(meter))
@@ -105,5 +94,7 @@ def _environment(meter: Meter | NoEnergy) -> Environment:
     return read_environment(meter.origin, None)
 
 
-def _model_power(profile: Profile | None, threads: int) -> ModelPower | None:
-    return None if profile is None else ModelPower(*power_model(profile, threads))
+def _model_power(profile: Profile | None, meter: str, threads: int) -> ModelPower | None:
+    if profile is None or meter == _NO_ENERGY:
+        return None
+    return ModelPower(*board_model(profile.name, profile.power, profile.cpu.cores, threads))
