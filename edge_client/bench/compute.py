@@ -156,7 +156,9 @@ def _energy(
     power = evidence.configuration.model_power
     if power is None:
         why = evidence.environments[0].meter_reason or "performance mode: power is not sampled"
-        return NoEnergy(f"{why}; neither is it modelled: that needs a profile, and another --meter than none")
+        return NoEnergy(
+            f"{why}; neither is it modelled: that needs a profile, and another --meter than none"
+        )
     return BoardModel(*msgspec.structs.astuple(power)).energy(busy_s=mean_s, idle_s=0.0)
 
 
