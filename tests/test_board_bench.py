@@ -85,7 +85,7 @@ def test_required_measurements_are_asked_for_before_anything_is_written(tmp_path
     for flags in (["--require-measured"], ["--mode", "energy"]):
         out = tmp_path / "evidence"
         result = invoke("--bundle", bundle, "--meter", "model", "--out", out, *flags)
-        assert result.exit_code == 3
+        assert result.exit_code == 7
         assert result.stderr.count("\n") == 1
         assert "measured energy is required" in result.stderr
         assert not out.exists()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edge_client.bench.gpio import Edge, open_edge
 from edge_client.bundle import read_bundle
 from edge_client.memory import memory_bytes
+from edge_client.power.phases import ENCODE, WAIT, Stopwatch
 from edge_client.session import ClientSession
 from edge_client.zo_step import Activation, PhaseClock, zo_step
 from wire_protocol.allocator import keep_freed_memory
@@ -94,6 +95,7 @@ class Measured:
         draw = np.random.default_rng(_SEED)
         self._xs = [_inputs(spec, task.batch, draw) for spec in bundle.manifest.inputs]
         self._labels = np.zeros(task.batch, np.uint32)
+        self._stopwatch = Stopwatch(time.monotonic)  # as the device program has one
         self._number = 0
         self.frame_bytes = 0
 
@@ -102,12 +104,12 @@ class Measured:
         clock = PhaseClock(time.monotonic)
         begin_s = time.monotonic()
         self._session.forward(self._xs)
-        clock.lap("forward_s", begin_s)
+        clock.forward_s = time.monotonic() - begin_s
         return clock
 
     def step(self) -> PhaseClock:
         """One step as edge_client/trainer.py takes it, frames encoded and dropped."""
-        task, clock = self._task, PhaseClock(time.monotonic)
+        task, clock = self._task, PhaseClock(time.monotonic, stopwatch=self._stopwatch)
         origin = DirectionId(_SEED, Stream.CLIENT_HALF, 0, self._number, 0, 0)
         self._number = (self._number + 1) % (1 << 32)
         size_bytes = 0
@@ -117,7 +119,7 @@ class Measured:
         ):  # fmt: skip
             if part is None:
                 continue
-            begin_s = time.monotonic()
+            begin_s = self._stopwatch.enter(ENCODE)
             first = isinstance(part, Activation)
             frame = Frame(
                 FrameKind.ACTIVATION if first else FrameKind.DIFFERENCES, 0, 0, self._number,
@@ -125,7 +127,7 @@ class Measured:
                 self._labels if first else _NO_LABELS, task.encoding,
             )  # fmt: skip
             size_bytes += len(encode_frame(frame))
-            clock.lap("encode_s", begin_s)
+            clock.encode_s += self._stopwatch.enter(WAIT) - begin_s
         self.frame_bytes = size_bytes
         return clock
 

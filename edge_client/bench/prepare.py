@@ -67,7 +67,8 @@ def begin(
     fields |= {"threads": threads, "rate_hz": asked.rate_hz or rate_hz}
     configuration = Configuration(
         format=FORMAT, mode="performance" if isinstance(meter, NoEnergy) else "energy", lam=_LAM,
-        profile=profile.name if profile else "", model_power=_model_power(profile, asked.meter, threads),
+        profile=profile.name if profile else "",
+        model_power=_model_power(profile, asked.meter, threads),
         cuts=[describe(read_bundle(bundle)) for bundle in bundles], **fields,
     )  # fmt: skip
     return Evidence.create(folder, configuration, _environment(meter))
