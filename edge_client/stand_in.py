@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 from edge_client.bundle import Bundle
 from edge_client.errors import PaceError
 from edge_client.pacing import Pacing
+from edge_client.power.choose import Board
 from edge_client.session import ClientSession
 from edge_client.zo_step import PhaseClock, zo_step
 from firmware_profiles.schema import Calibrated, Power
@@ -72,6 +73,7 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
     delay: Delay = Delay()
     power: Power | None = None  # what the model of its energy rests on
     cores: Annotated[int, Meta(ge=1)] = 1
+    slow_motion: Annotated[float, Meta(ge=1)] = 1.0  # is in ratio, calibrated and delay
 
     def pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
         """For one run. Raises PaceError when the board is faster than this machine."""
@@ -87,6 +89,12 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
             return self.delay.draw_s(welcome.run_seed, welcome.device, number)
 
         return Pacing(forward_s=there_s, ratio=max(1.0, there_s / here_s), delay_s=delay_s)
+
+    def energy_model(self) -> Board | None:
+        """What the board's energy is modelled by."""
+        if self.power is None:
+            return None
+        return Board(self.board, self.power, self.cores, self.threads, self.slow_motion)
 
     def calibrated_s(self, digest: str, batch: int) -> float | None:
         """A forward as measured on the board, for this bundle, batch and its own threads."""

@@ -223,7 +223,7 @@ class _Emulation:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(msgspec.json.encode(device.stand_in(self._folder / TURNS_FOLDER)))
         return [
-            "--broker", str(way), "--threads", str(device.profile.runtime.threads),
+            "--broker", str(way), "--threads", str(device.threads),
             "--stand-in", str(path),
         ]  # fmt: skip
 

@@ -48,6 +48,8 @@ class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     device: Annotated[list[DeviceEntry], Meta(min_length=1)]
     host: str = "laptop"  # the profile of the machine that emulates
+    # All takes so many times as long: for boards that this machine is too slow, or too small, for.
+    slow_motion: Annotated[float, Meta(ge=1, le=1e6)] = 1.0
 
 
 class EmulatedDevice(msgspec.Struct, frozen=True):
@@ -58,14 +60,26 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
     ratio: float  # time of a step on the board / on this machine
     host_threads: int
     delay: Delay = field(default_factory=Delay)
+    slow_motion: float = 1.0  # is in ratio, link and delay
+
+    @property
+    def threads(self) -> int:
+        """The board's, as far as this machine has cores: more would only get in each other's way.
+
+        The step takes as long as on the board in either case.
+        """
+        return min(self.profile.runtime.threads, os.cpu_count() or 1)
 
     def stand_in(self, turns: Path) -> StandIn:
         """What the device program is told."""
-        speed = self.profile.speed
+        calibrated = [
+            msgspec.structs.replace(entry, step_s=entry.step_s * self.slow_motion)
+            for entry in self.profile.speed.calibrated
+        ]
         return StandIn(
             self.profile.name, self.ratio, self.profile.runtime.threads, self.host_threads,
-            str(turns), speed.calibrated, self.delay,
-            self.profile.power, self.profile.cpu.cores,
+            str(turns), calibrated, self.delay, self.profile.power, self.profile.cpu.cores,
+            self.slow_motion,
         )  # fmt: skip
 
 
@@ -85,7 +99,7 @@ def load_fleet(path: Path) -> list[EmulatedDevice]:
     devices: list[EmulatedDevice] = []
     for number, entry in enumerate(fleet.device):
         where = f"device[{number}].profile"
-        devices += [_device(path, where, entry, host)] * entry.count
+        devices += [_device(path, where, entry, host, fleet.slow_motion)] * entry.count
     return devices
 
 
@@ -113,28 +127,31 @@ def overload(devices: list[EmulatedDevice]) -> str:
         return ""
     return (
         f"the fleet computes on {wanted:.1f} cores when nobody waits, and this machine has "
-        f"{cores}: steps may take longer than on the boards; use fewer or slower devices"
+        f"{cores}: steps may take longer than on the boards; use fewer or slower devices, or "
+        f"slow_motion = {devices[0].slow_motion * wanted / cores:.2g}"
     )
 
 
-def _device(path: Path, where: str, entry: DeviceEntry, host: Profile) -> EmulatedDevice:
+def _device(
+    path: Path, where: str, entry: DeviceEntry, host: Profile, slow_motion: float
+) -> EmulatedDevice:
     profile = _profile(path, where, entry.profile)
-    ratio = profile.speed.factor.value / host.speed.factor.value
+    ratio = slow_motion * profile.speed.factor.value / host.speed.factor.value
     if ratio < 1.0 and not profile.speed.calibrated:
         raise FleetFileError(
             f"{path}: {where}: {profile.name} is {1.0 / ratio:.2g} times as fast as this machine "
-            f"(host = {host.name!r}), which cannot stand for it; leave it out, or name the "
-            "profile of a faster machine as host"
+            f"(host = {host.name!r}), which cannot stand for it; leave it out, name the profile "
+            f"of a faster machine as host, or write slow_motion = {slow_motion / ratio:.2g}"
         )
     link = profile.link
     shape = LinkShape(
-        up_bits_s=_or(entry.up_bits_s, link.up_bits_s.value),
-        down_bits_s=_or(entry.down_bits_s, link.down_bits_s.value),
-        latency_s=_or(entry.latency_s, link.latency_s.value),
+        up_bits_s=_or(entry.up_bits_s, link.up_bits_s.value) / slow_motion,
+        down_bits_s=_or(entry.down_bits_s, link.down_bits_s.value) / slow_motion,
+        latency_s=_or(entry.latency_s, link.latency_s.value) * slow_motion,
         loss=entry.loss,
     )
-    delay = Delay(entry.delay_s, entry.delay, entry.spread)
-    return EmulatedDevice(profile, shape, max(1.0, ratio), host.runtime.threads, delay)
+    delay = Delay(entry.delay_s * slow_motion, entry.delay, entry.spread)
+    return EmulatedDevice(profile, shape, max(1.0, ratio), host.runtime.threads, delay, slow_motion)
 
 
 def _or(given: float | None, otherwise: float) -> float:

@@ -14,7 +14,7 @@ import contextlib
 import random
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -28,8 +28,9 @@ _SHORTEST_TIMEOUT_S: Final = 0.2
 # What is read at once: about this much of the link's time, so that two ways share a rate fairly.
 _PIECE_S: Final = 0.005
 _LARGEST_PIECE_BYTES: Final = 1 << 18
-# A link further ahead of the clock than this waits: shorter sleeps are not kept to.
-_AHEAD_S: Final = 0.002
+# What is taken in before it can leave, as by a modem's buffer: a link that is used to the full does
+# not pause because this process wakes up late.
+_AHEAD_S: Final = 0.1
 # Of the kernel, per socket: a sender notices a slow link by what it cannot send.
 _BUFFER_BYTES: Final = 1 << 16
 _STARTED_S: Final = 10.0
@@ -44,7 +45,7 @@ class LinkShape(msgspec.Struct, frozen=True):
     loss: Annotated[float, Meta(ge=0, le=0.5)] = 0.0  # probability, of a segment
 
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]
 
 
 class Way:
@@ -111,6 +112,7 @@ class _Proxies:
             for index, s in enumerate(shapes)
         ]
         self._ready = threading.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         self._thread.start()
@@ -132,14 +134,13 @@ class _Proxies:
         self._loop.run_forever()
         for server in servers:
             server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
         pending = asyncio.all_tasks(self._loop)
+        for task in pending:
+            task.cancel()
         self._loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    def _connected(self, up: Way, down: Way) -> Serve:
+    def _connected(self, up: Way, down: Way) -> Accept:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 far = await asyncio.open_connection(*self._broker)
@@ -150,7 +151,12 @@ class _Proxies:
                 _pump(reader, far[1], up), _pump(far[0], writer, down), return_exceptions=True
             )
 
-        return serve
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = self._loop.create_task(serve(reader, writer))
+            self._tasks.add(task)  # the loop itself would not keep it alive
+            task.add_done_callback(self._tasks.discard)
+
+        return accept
 
 
 def _listen() -> socket.socket:
@@ -171,7 +177,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way:
             underway.put_nowait((way.arrives_s(loop.time(), len(data)), data))
             ahead_s = way.free_s - loop.time()
             if ahead_s > _AHEAD_S:
-                await asyncio.sleep(ahead_s)
+                await asyncio.sleep(ahead_s - _AHEAD_S)
     finally:
         underway.put_nowait((way.free_s, b""))
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from musplit.bench import bench
 from musplit.calibrate import calibrate
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.power import power
+from musplit.profiles import profiles
 from musplit.report import report
 from musplit.stem import stem
 from musplit.support import (
@@ -290,7 +291,7 @@ def device(
     """
     with guarded():
         from edge_client.agent import AgentSettings
-        from edge_client.power.choose import Board, EnergyChoice
+        from edge_client.power.choose import EnergyChoice
         from edge_client.power.find import MeterOptions
         from edge_client.program import run_device
         from edge_client.stand_in import read_stand_in
@@ -301,7 +302,7 @@ def device(
         other = read_stand_in(stand_in) if stand_in is not None else None
         choice = EnergyChoice(
             MeterOptions(meter, meter_hz), load_profile(profile) if profile else None,
-            Board(other.board, other.power, other.cores) if other and other.power else None,
+            other.energy_model() if other else None,
             require_measured=require_measured,
         )  # fmt: skip
         settings = AgentSettings(
@@ -424,6 +425,7 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-main.add_command(power)
-for _command in (emulate, simulate, study, plan, stem, warmup, bench, report, calibrate):
+for _command in (emulate, simulate, study, plan, stem, warmup, power, profiles):
+    main.add_command(_command)
+for _command in (bench, report, calibrate):
     main.add_command(_command)

@@ -23,6 +23,8 @@ class Board(NamedTuple):
     name: str
     power: Power
     cores: int
+    threads: int  # that compute
+    slow_motion: float = 1.0  # an emulation's seconds for one of the board's
 
 
 class EnergyChoice(NamedTuple):
@@ -55,15 +57,15 @@ def energy_source(
     if choice.require_measured:
         raise UnmeasuredError(f"energy is not measured here: {found.reason}")
     board = choice.stands_for or (
-        None if profile is None else Board(profile.name, profile.power, profile.cpu.cores)
+        None if profile is None else Board(profile.name, profile.power, profile.cpu.cores, threads)
     )
     if choice.meter.spec == "none" or board is None:
         reason = found.reason if board else f"{found.reason}; no profile fits, give --profile"
         say(f"energy: neither measured nor modelled: {reason}")
         return NoSource(reason)
-    model = board_model(board.name, board.power, board.cores, threads)
+    model = board_model(board.name, board.power, board.cores, board.threads)
     say(f"energy: modelled, not measured ({found.reason}): {model.text}")
-    return ModelSource(model)
+    return ModelSource(model, board.slow_motion)
 
 
 def profile_here(root: Path = Path("/")) -> Profile | None:

@@ -59,9 +59,10 @@ class NoSource:
 class ModelSource:
     """The model of the board, from the seconds of each phase."""
 
-    def __init__(self, model: BoardModel) -> None:
+    def __init__(self, model: BoardModel, slow_motion: float = 1.0) -> None:
+        """`slow_motion`: seconds here for one of the board's, in an emulation."""
         self.stopwatch = Stopwatch(time.monotonic)
-        self._model = model
+        self._model, self._slow_motion = model, slow_motion
         self._began = self.stopwatch.seconds()
 
     def begin(self) -> None:
@@ -71,7 +72,9 @@ class ModelSource:
     def so_far(self) -> ModelledByPhase:
         """The seconds since then, by the model."""
         now = self.stopwatch.seconds()
-        return self._model.by_phase({phase: now[phase] - self._began[phase] for phase in PHASES})
+        return self._model.by_phase(
+            {phase: (now[phase] - self._began[phase]) / self._slow_motion for phase in PHASES}
+        )
 
     def close(self) -> None:
         """Nothing to end."""
