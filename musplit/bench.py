@@ -44,7 +44,7 @@ _BESIDE_RESUME = {"resume", "output", "require_measured"}
               )  # fmt: skip
 @click.option("--meter", default="auto", metavar="SPEC", show_default=True,
               help="The power meter, KIND or KIND:ARGUMENT.")  # fmt: skip
-@click.option("--rate-hz", type=FiniteRange(0.1, 1000), metavar="HZ",
+@click.option("--meter-hz", "rate_hz", type=FiniteRange(0.1, 1000), metavar="HZ",
               help="Of the power samples.  [default: what suits the meter]")  # fmt: skip
 @click.option("--out", type=_FOLDER, metavar="EVIDENCE",
               help="Folder to write.  [default: evidence/bench-TIME]")  # fmt: skip
