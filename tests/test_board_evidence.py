@@ -28,6 +28,19 @@ def derived(folder):
     return {p.relative_to(folder): p.read_bytes() for n in names for p in folder.glob(n)}
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "e"
+    make_evidence(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of the evidence that a whole bench leaves."""
+    return shutil.copytree(whole, tmp_path / "e")
+
+
 def reseal(folder):
     """The manifest of what is there now: a damaged file that nobody altered since."""
     lines = (folder / "MANIFEST.sha256").read_text().splitlines()
@@ -36,8 +49,8 @@ def reseal(folder):
     (folder / "MANIFEST.sha256").write_text(text)
 
 
-def test_known_windows_give_known_figures(tmp_path):
-    results = compute_results(make_evidence(tmp_path / "e"))
+def test_known_windows_give_known_figures(whole):
+    results = compute_results(Evidence.open(whole))
     (cut,) = results.cuts
     assert results.reportable
     assert not results.not_reportable
@@ -54,9 +67,8 @@ def test_known_windows_give_known_figures(tmp_path):
     assert cut.peak_rss_bytes == 61_000_000
 
 
-def test_derived_files_are_made_again_byte_for_byte(tmp_path):
-    folder = tmp_path / "e"
-    write_report(make_evidence(folder))
+def test_derived_files_are_made_again_byte_for_byte(tmp_path, folder):
+    write_report(Evidence.open(folder))
     first = derived(folder)
     assert len(first) >= 8
     for name in first:
@@ -71,9 +83,8 @@ def test_derived_files_are_made_again_byte_for_byte(tmp_path):
     assert set(json.loads(again.stdout)["files"].values()) == {"unchanged"}
 
 
-def test_an_altered_result_is_noticed_and_set_right(tmp_path):
-    folder = tmp_path / "e"
-    write_report(make_evidence(folder))
+def test_an_altered_result_is_noticed_and_set_right(folder):
+    write_report(Evidence.open(folder))
     first = (folder / "results.json").read_bytes()
     (folder / "results.json").write_bytes(first.replace(b'"median_s": 0.01', b'"median_s": 0.001'))
     result = CliRunner().invoke(main, ["report", str(folder)])
@@ -86,9 +97,7 @@ def test_an_altered_result_is_noticed_and_set_right(tmp_path):
     "name", ["raw/cut0-step-2.power.csv", "raw/cut0-forward-0.window.csv", "environment.json",
              "configuration.toml"],
 )  # fmt: skip
-def test_an_altered_raw_file_is_named(tmp_path, name):
-    folder = tmp_path / "e"
-    make_evidence(folder)
+def test_an_altered_raw_file_is_named(folder, name):
     (folder / name).write_bytes((folder / name).read_bytes().replace(b"6", b"5"))
     result = CliRunner().invoke(main, ["report", str(folder)])
     assert result.exit_code == 3
@@ -115,9 +124,7 @@ def test_an_altered_raw_file_is_named(tmp_path, name):
         ("configuration.toml", b'format = "other/9"\n', "not of format"),
     ],
 )  # fmt: skip
-def test_a_damaged_raw_file_is_one_line(tmp_path, name, data, told):
-    folder = tmp_path / "e"
-    make_evidence(folder)
+def test_a_damaged_raw_file_is_one_line(folder, name, data, told):
     (folder / name).write_bytes(data)
     reseal(folder)
     result = CliRunner().invoke(main, ["report", str(folder)])
@@ -130,18 +137,14 @@ def test_a_damaged_raw_file_is_one_line(tmp_path, name, data, told):
 @pytest.mark.parametrize(
     "line", ["x", f"{'0' * 64}  ../../etc/passwd", f"{'0' * 64}  /etc/passwd", "", "é"]
 )
-def test_a_damaged_manifest_is_one_line(tmp_path, line):
-    folder = tmp_path / "e"
-    make_evidence(folder)
+def test_a_damaged_manifest_is_one_line(folder, line):
     manifest = folder / "MANIFEST.sha256"
     manifest.write_text(f"{line}\n" + manifest.read_text(), encoding="utf-8")
     with pytest.raises(EvidenceError, match=r"MANIFEST\.sha256"):
         Evidence.open(folder)
 
 
-def test_a_missing_file_and_a_folder_that_is_none(tmp_path):
-    folder = tmp_path / "e"
-    make_evidence(folder)
+def test_a_missing_file_and_a_folder_that_is_none(tmp_path, folder):
     (folder / "raw" / "cut0-idle-0.power.csv").unlink()
     for what, told in ((folder, "cannot be read"), (tmp_path / "none", "musplit bench --out")):
         result = CliRunner().invoke(main, ["report", str(what)])
@@ -236,9 +239,8 @@ def test_the_manifest_is_what_sha256sum_reads(tmp_path):
     assert evidence.digest == whole == Evidence.open(folder).digest
 
 
-def test_calibrate_writes_a_profile_that_names_its_evidence(tmp_path):
-    folder, out = tmp_path / "e", tmp_path / "mine.toml"
-    evidence = make_evidence(folder)
+def test_calibrate_writes_a_profile_that_names_its_evidence(tmp_path, folder):
+    evidence, out = Evidence.open(folder), tmp_path / "mine.toml"
     command = ["calibrate", str(folder), "--profile", "rpi-4b", "--out", str(out)]
     result = CliRunner().invoke(main, [*command, "--format", "json"])
     assert result.exit_code == 0, result.output

@@ -80,7 +80,6 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """Instead of it: why the bundle cannot be measured."""
 
     text: str
-    exit_code: int
 
 
 class Measured:
@@ -203,7 +202,7 @@ def serve(task: Task, orders: BinaryIO, answers: BinaryIO) -> None:
         edge = open_edge(task.gpio)
         loop = Loop(Measured(task), edge)
     except MusplitError as error:
-        answer(Failed(str(error), error.exit_code))
+        answer(Failed(str(error)))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the line must not stay high
     answer(Ready())
