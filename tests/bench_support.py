@@ -30,7 +30,7 @@ CONFIGURATION = Configuration(
 ENVIRONMENT = Environment(
     started="2026-07-01T12:00:00Z", board="Raspberry Pi 4 Model B Rev 1.4", machine="aarch64",
     processor="Cortex-A72", cores=4, memory_bytes=4 << 30, kernel="6.6", system="Debian 12",
-    governor="ondemand", load_average=0.1, versions={"musplit": "0.1.0"}, meter=ORIGIN,
+    governor="ondemand", versions={"musplit": "0.1.0"}, meter=ORIGIN,
     meter_reason=None,
 )  # fmt: skip
 
@@ -39,7 +39,8 @@ def window(kind: str, begin_s: float, end_s: float, **changes: object) -> Window
     taken = Window(
         begin_s=begin_s, end_s=end_s,
         iterations=0 if kind == "idle" else round((end_s - begin_s) / ITERATION_S[kind]),
-        cpu_s=0.0 if kind == "idle" else 0.9 * (end_s - begin_s), rss_bytes=60_000_000,
+        cpu_s=0.0 if kind == "idle" else 0.9 * (end_s - begin_s), other_cpu_s=0.3,
+        rss_bytes=60_000_000,
         peak_rss_bytes=61_000_000, frame_bytes=69_000 if kind == "step" else 0,
         temperature_before_c=48.0, temperature_after_c=51.5, frequency_before_hz=6e8,
         frequency_after_hz=1.8e9, throttle_before="vcgencmd:0x0", throttle_after="vcgencmd:0x0",

@@ -61,6 +61,7 @@ def test_known_windows_give_known_figures(whole):
     assert cut.forward.energy.energy_j == pytest.approx(4.0 * 0.01, rel=1e-6)
     assert cut.forward.energy.net_j == pytest.approx(2.0 * 0.01, rel=1e-6)
     assert cut.step.energy.energy_j == pytest.approx(6.0 * 0.25, rel=1e-6)
+    assert cut.forward.energy.net_uncertainty_j > cut.forward.energy.uncertainty_j
     assert cut.step.energy.uncertainty_j == pytest.approx(0.01 * 6.0 * 0.25, rel=0.01)
     assert cut.idle_w == pytest.approx(2.0)
     assert cut.activation_bytes == 4 * 32 * 32
@@ -158,6 +159,7 @@ def test_a_missing_file_and_a_folder_that_is_none(tmp_path, folder):
         ({"throttle_after": "vcgencmd:0x50000"}, "throttled"),
         ({"throttle_before": "vcgencmd:0x4"}, "throttled"),
         ({"throttle_before": "counter:3", "throttle_after": "counter:4"}, "throttled"),
+        ({"other_cpu_s": 3.0}, "other programs computed"),
         ({"only": 7}, "interrupted: 7 of 12"),
         ({"gap_in": "cut0-step-1"}, "no energy in cut0-step-1"),
         ({"configuration": msgspec.structs.replace(CONFIGURATION, window_s=5.0)}, "window below"),

@@ -170,15 +170,19 @@ def _measured(
                                  for _, e in measured)  # fmt: skip
     energy_j = statistics.median(joules)
     repeated_j = 2 * statistics.stdev(joules) / math.sqrt(len(joules)) if len(joules) > 1 else 0.0
-    net_j = None
+    uncertainty_j = math.hypot(relative * energy_j, repeated_j)
+    net_j = net_uncertainty_j = None
     if idle_w is not None:
+        idle_j = idle_w * statistics.median(e.window_s / t.window.iterations for t, e in measured)
+        net_uncertainty_j = math.hypot(uncertainty_j, relative * idle_j)
         net_j = statistics.median(
             (e.energy_j - idle_w * e.window_s) / t.window.iterations for t, e in measured
         )
     return IterationEnergy(
         energy_j=energy_j,
         net_j=net_j,
-        uncertainty_j=math.hypot(relative * energy_j, repeated_j),
+        uncertainty_j=uncertainty_j,
+        net_uncertainty_j=net_uncertainty_j,
         spread_relative=_spread(joules),
         mean_w=statistics.median(e.energy_j / e.window_s for _, e in measured),
         idle_w=idle_w,
@@ -198,6 +202,7 @@ def _short(t: _Taken) -> WindowResult:
         statistics.median(t.latencies.seconds) if t.latencies.seconds else None,
         energy.energy_j / energy.window_s if isinstance(energy, EnergyMeasured) else None,
         energy.samples if isinstance(energy, EnergyMeasured) else 0,
+        window.other_cpu_s / window.seconds,
         None if measured else energy.reason if isinstance(energy, NoEnergy) else None,
         window.temperature_before_c, window.temperature_after_c, window.frequency_after_hz,
         t.throttled,

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import psutil
+
 _ROOT: Final = Path("/")
 _PI_FILE: Final = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _COUNTERS: Final = (
@@ -31,6 +33,13 @@ class Conditions(NamedTuple):
     temperature_c: float | None  # of its hottest zone
     frequency_hz: float | None  # mean of the cores
     throttle: str | None
+
+
+def busy_s() -> float:
+    """Processor time of all programs on all cores since boot, time stolen from them included."""
+    times = psutil.cpu_times()
+    stolen = getattr(times, "steal", 0.0) + getattr(times, "irq", 0.0)
+    return float(times.user + times.system + stolen + getattr(times, "softirq", 0.0))
 
 
 def read_conditions(root: Path = _ROOT) -> Conditions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,7 +30,6 @@ class Environment(Record, frozen=True):
     kernel: str
     system: str | None  # PRETTY_NAME of os-release
     governor: str | None  # of the clock frequency; None: the kernel does not tell
-    load_average: float  # of one minute, when the bench began
     versions: dict[str, str]
     meter: Origin | None
     meter_reason: str | None  # why there is no meter
@@ -51,7 +49,6 @@ def read_environment(
         kernel=platform.release(),
         system=_system(root),
         governor=_text(root / _GOVERNOR),
-        load_average=round(os.getloadavg()[0], 2),
         versions={"python": platform.python_version(), **{n: version(n) for n in _PACKAGES}},
         meter=meter,
         meter_reason=meter_reason,

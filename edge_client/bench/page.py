@@ -128,6 +128,8 @@ def _column(figures: Figures) -> dict[str, str]:
     if isinstance(energy, IterationEnergy):
         joules = f"{quantity(energy.energy_j, 'J')} ± {quantity(energy.uncertainty_j, 'J')}"
         net = "not known" if energy.net_j is None else quantity(energy.net_j, "J")
+        if energy.net_uncertainty_j is not None:
+            net += f" ± {quantity(energy.net_uncertainty_j, 'J')}"
         kind = f"measured: {energy.origin.meter}, {energy.origin.boundary}"
     elif isinstance(energy, EnergyModelled):
         low, high = energy.modelled_low_j, energy.modelled_high_j

@@ -183,7 +183,7 @@ def _line_chart(
     if level is not None:
         canvas.line(across.begin, up.at(level), across.end, up.at(level), MUTED, 1.5)
         canvas.text(
-            across.end - 2, up.at(level) - 4, f"idle {quantity(level, 'W')}", anchor="end",
+            across.end, up.end - 6, f"grey line: idle {quantity(level, 'W')}", anchor="end",
             colour=MUTED, size=11,
         )  # fmt: skip
     canvas.path([(across.at(x), up.at(y)) for x, y in zip(xs, ys, strict=True)], STEP)

@@ -22,6 +22,8 @@ REPORTABLE_WINDOW_S: Final = 10.0
 REPORTABLE_REPEATS: Final = 5
 MIN_ITERATIONS: Final = 10
 MIN_POWER_SAMPLES: Final = 100
+# What the rest of the machine may compute beside, in cores.
+MAX_OTHER_CORES: Final = 0.25
 
 Kind = Literal["idle", "forward", "step"]
 Mode = Literal["performance", "energy"]
@@ -99,6 +101,7 @@ class Window(Record, frozen=True):
     end_s: float
     iterations: Count
     cpu_s: Seconds  # processor time of the measured process in the window
+    other_cpu_s: Seconds  # and of everything else on the machine, the sampler included
     rss_bytes: Count
     peak_rss_bytes: Count  # since that process began
     frame_bytes: Count  # encoded by one step

@@ -24,6 +24,7 @@ class IterationEnergy(Record, frozen=True, tag="measured"):
     net_j: float | None  # less the idle power; None: idle was not measured
     # Coverage factor 2: the meter's, and 2 s / sqrt(n) of the n windows, in quadrature.
     uncertainty_j: float
+    net_uncertainty_j: float | None  # as if gross and idle were wrong independently
     spread_relative: float  # (highest - lowest) / median over the windows
     mean_w: float
     idle_w: float | None
@@ -66,6 +67,7 @@ class WindowResult(Record, frozen=True):
     median_s: float | None  # None: idle
     mean_w: float | None
     power_samples: int
+    other_cores: float  # that computed something else, in the mean
     reason: str | None  # why its power does not count
     temperature_before_c: float | None
     temperature_after_c: float | None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from edge_client.bench.child import Done, Order, Task
-from edge_client.bench.conditions import Conditions, read_conditions
+from edge_client.bench.conditions import Conditions, busy_s, read_conditions
 from edge_client.bench.evidence import Evidence
 from edge_client.bench.process import MeasuredProcess, Tick
 from edge_client.bench.records import (
@@ -96,7 +96,7 @@ def _take(
         0 if place.kind == "idle" else _iterations(configuration),
         edge=place.kind != "idle",
     )  # fmt: skip
-    before = read_conditions(root)
+    before, other_s = read_conditions(root), -busy_s()
     trace: Trace | None = None
     if meter is None:
         done = child.take(order, tick)
@@ -108,16 +108,19 @@ def _take(
             done = child.take(order, tick)
             time.sleep(margin_s)
         trace = sampler.trace()
+    other_s = max(0.0, other_s + busy_s() - done.cpu_s)
     after = read_conditions(root)
     evidence.add(
-        place, _window(done, before, after, trace), _latencies(done),
+        place, _window(done, other_s, before, after, trace), _latencies(done),
         None if trace is None else (trace.times_s.tolist(), trace.powers_w.tolist()),
     )  # fmt: skip
 
 
-def _window(done: Done, before: Conditions, after: Conditions, trace: Trace | None) -> Window:
+def _window(
+    done: Done, other_s: float, before: Conditions, after: Conditions, trace: Trace | None
+) -> Window:
     return Window(
-        done.begin_s, done.end_s, done.iterations, done.cpu_s, done.rss_bytes,
+        done.begin_s, done.end_s, done.iterations, done.cpu_s, other_s, done.rss_bytes,
         done.peak_rss_bytes, done.frame_bytes, before.temperature_c, after.temperature_c,
         before.frequency_hz, after.frequency_hz, before.throttle, after.throttle,
         trace.reason or None if trace is not None else None,

@@ -7,6 +7,7 @@ from typing import Final
 
 from edge_client.bench.evidence import Evidence
 from edge_client.bench.records import (
+    MAX_OTHER_CORES,
     MIN_ITERATIONS,
     MIN_POWER_SAMPLES,
     REPORTABLE_REPEATS,
@@ -32,6 +33,10 @@ def faults(evidence: Evidence, cuts: Sequence[CutResult]) -> Iterator[str]:
     hot = [window.name for window in windows if window.throttled]
     if hot:
         yield f"throttled in {_some(hot)}: cool the board, or mend its supply, and repeat"
+    shared = [window.name for window in windows if window.other_cores > MAX_OTHER_CORES]
+    if shared:
+        most = max(window.other_cores for window in windows)
+        yield f"other programs computed in {_some(shared)}, up to {most:.1f} cores: end them"
     few = [w.name for w in windows if w.median_s is not None and w.iterations < MIN_ITERATIONS]
     if few:
         yield f"fewer than {MIN_ITERATIONS} iterations in {_some(few)}"
@@ -56,8 +61,6 @@ def notes(evidence: Evidence, cuts: Sequence[CutResult]) -> Iterator[str]:
         yield "this machine does not tell whether it throttled"
     if any(window.temperature_after_c is None for window in windows):
         yield "this machine does not tell its temperature"
-    if environment.load_average > 0.5:
-        yield f"the machine was not idle when the bench began: load {environment.load_average:g}"
     if len(evidence.environments) > 1:
         yield f"taken in {len(evidence.environments)} sessions"
     for cut in cuts:
