@@ -65,7 +65,7 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
     """The file of --stand-in: which board, and what is known of its speed."""
 
     board: str
-    ratio: Annotated[float, Meta(ge=1, le=1e9)]  # time of a step there / here
+    ratio: Annotated[float, Meta(gt=0, le=1e9)]  # time of a step there / here
     threads: Annotated[int, Meta(ge=1)]  # of the board
     host_threads: Annotated[int, Meta(ge=1)]  # of a step here, when it is measured
     turns: str  # folder for what the devices of this machine measure
@@ -78,7 +78,10 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
     def pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
         """For one run. Raises PaceError when the board is faster than this machine."""
         here_s = self._here_s(welcome, bundle)
-        there_s = self.calibrated_s(bundle.digest, welcome.batch) or here_s * self.ratio
+        there_s = (
+            self.calibrated_s(bundle.digest, welcome.batch, welcome.directions)
+            or here_s * self.ratio
+        )
         if here_s > there_s * _TOLERANCE:
             raise PaceError(
                 f"{self.board} takes {1e3 * there_s:.3g} ms for a forward of this model, this "
@@ -96,16 +99,24 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
             return None
         return Board(self.board, self.power, self.cores, self.threads, self.slow_motion)
 
-    def calibrated_s(self, digest: str, batch: int) -> float | None:
-        """A forward as measured on the board, for this bundle, batch and its own threads."""
-        for entry in self.calibrated:
-            if (entry.bundle, entry.batch, entry.threads) == (digest, batch, self.threads):
-                return entry.step_s / (2 * entry.directions + 1)
-        return None
+    def calibrated_s(self, digest: str, batch: int, directions: int) -> float | None:
+        """A forward as measured on the board, for this bundle, batch and its own threads.
+
+        In a step of as many directions, or of the number nearest to it.
+        """
+        fitting = [
+            entry
+            for entry in self.calibrated
+            if (entry.bundle, entry.batch, entry.threads) == (digest, batch, self.threads)
+        ]
+        if not fitting:
+            return None
+        entry = min(fitting, key=lambda entry: abs(entry.directions - directions))
+        return entry.step_s / (2 * entry.directions + 1)
 
     def known_s(self, digest: str, batch: int, directions: int) -> float | None:
         """What `pacing` held the forwards to, if devices have asked for it already."""
-        calibrated_s = self.calibrated_s(digest, batch)
+        calibrated_s = self.calibrated_s(digest, batch, directions)
         if calibrated_s is not None:
             return calibrated_s
         try:

@@ -71,6 +71,8 @@ def emulate(
     with guarded():
         from musplit.emulation import run_emulation
 
+        if fleet is not None and clients is not None:
+            fail("--clients: the fleet file says how many devices there are; leave it out", 2)
         path = config or default_config()
         shorthand = {"data.source": data, "run.rounds": rounds, "devices.count": clients,
                      "run.seed": seed, "emulation.fleet": fleet}  # fmt: skip
