@@ -46,6 +46,11 @@ def calibrate(results: Results, profile: Profile) -> Calibration:
         f"threads: {e.step_s:g} s"
         for e in entries
     ]
+    if results.configuration.threads != profile.runtime.threads:
+        changes.append(
+            f"emulation uses the profile's runtime.threads, {profile.runtime.threads}, and no "
+            "entry of another number: bench with these, or change that field"
+        )
     kept = [e for e in profile.speed.calibrated if _key(e) not in {_key(new) for new in entries}]
     power, told = _power(results.cuts, profile.power, source)
     speed = msgspec.structs.replace(profile.speed, calibrated=[*kept, *entries])
