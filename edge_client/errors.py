@@ -7,11 +7,15 @@ wire_protocol.errors.InputError
 |- PaceError     this machine cannot stand for a board, or the file about it is wrong
 |- MeterError    a power meter cannot be read, or is not what was named
 |- GapError      readings of a meter are missing: the window has no energy
+|- EvidenceError a bench's evidence is damaged, altered, or of another machine
+|- GpioError     the GPIO line cannot be driven
+wire_protocol.errors.MusplitError
+|- BenchError    what a bench measures ended on its own
 """
 
 from __future__ import annotations
 
-from wire_protocol.errors import InputError
+from wire_protocol.errors import InputError, MusplitError
 
 
 class ShardError(InputError):
@@ -36,3 +40,15 @@ class MeterError(InputError):
 
 class GapError(MeterError):
     """Too few readings of a meter: the window has no energy."""
+
+
+class EvidenceError(InputError):
+    """A folder of evidence is missing something, damaged, altered, or of another machine."""
+
+
+class GpioError(InputError):
+    """The GPIO line that an analyser listens to cannot be driven."""
+
+
+class BenchError(MusplitError):
+    """What a bench measures ended on its own."""

@@ -10,11 +10,14 @@ from typing import Any
 
 import click
 
+from musplit.bench import bench
+from musplit.calibrate import calibrate
 from musplit.doctor import doctor
 from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.power import power
 from musplit.profiles import profiles
+from musplit.report import report
 from musplit.stem import stem
 from musplit.support import (
     PACKET_BYTES,
@@ -441,7 +444,9 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-for _command in (doctor, emulate, simulate, study, plan, stem, warmup, power, profiles):
+for _command in (
+    bench, calibrate, ca, doctor, emulate, plan, power, profiles, report, simulate, stem, study,
+    warmup,
+):  # fmt: skip
     main.add_command(_command)
-main.add_command(ca)
 main.add_command(enroll_device, "enroll")

@@ -16,6 +16,8 @@ import pytest
 from harness import ROOT, TINY, Bench, Child, Digests, free_port, make_shards, undisturbed
 from packaging.requirements import Requirement
 
+from export.exporter import export_model
+from firmware_profiles.catalogue import load_profile
 from musplit.cli import main
 
 PLAIN = {
@@ -43,7 +45,7 @@ def board(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("blocked")
     (folder / "sitecustomize.py").write_text(BLOCKER)
     (folder / "no-programs").mkdir()
-    return {"PYTHONPATH": str(folder), "PATH": str(folder / "no-programs")}
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PATH": str(folder / "no-programs")}
 
 
 @pytest.mark.parametrize("name", EXTRAS)
@@ -68,6 +70,7 @@ def test_help_works_on_a_board(board, tmp_path, command):
     ("command", "said"),
     [
         (["serve", "config.toml", "--broker", "127.0.0.1:1"], "pip install 'musplit[server]'"),
+        (["bench", "--model", "lenet", "--meter", "model"], "pip install 'musplit[server]'"),
         (["export", "lenet", "--cut", "0", "--out", "x"], "pip install 'musplit[server]'"),
         (["emulate"], "pip install 'musplit[emulation]'"),
         (["broker", "--listen", "127.0.0.1:{port}"], "pip install 'musplit[emulation]'"),
@@ -117,6 +120,23 @@ def test_a_run_can_be_replayed_without_torch(board, served, tmp_path):
         child = bench.run("replay", str(served.run), "--format", "json", env=board)
     assert child.code == 0, child.stderr
     assert Digests.of(json.loads(child.stdout)) == undisturbed(CONFIG)
+
+
+def test_a_board_measures_a_bundle_without_torch(board, tmp_path):
+    export = export_model("mlp:16-8-4", "fc1", tmp_path / "halves", seed=0)
+    evidence, profile = tmp_path / "evidence", tmp_path / "mine.toml"
+    small = ("--window-s", "0.1", "--repeats", "1", "--batch", "4", "--directions", "2")
+    with Bench(tmp_path) as bench:
+        for command in (
+            ("bench", "--bundle", export.client, "--out", evidence, "--meter", "model",
+             "--profile", "laptop", *small),
+            ("report", evidence),
+            ("calibrate", evidence, "--profile", "laptop", "--out", profile),
+        ):  # fmt: skip
+            child = bench.run(*map(str, command), env=board)
+            assert child.code == 0, child.stderr
+    (entry,) = load_profile(str(profile)).speed.calibrated
+    assert (entry.bundle, entry.batch, entry.directions) == (export.digest, 4, 2)
 
 
 def test_the_plain_install_asks_for_what_a_board_needs_and_nothing_else():

@@ -1,0 +1,1 @@
+"""Latency, memory and energy of client bundles on this machine, as evidence that can be checked."""
