@@ -87,6 +87,7 @@ class Agent:
         store: StateStore,
         link: LinkLike,
         say: Callable[[str], None],
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._topics = Topics(settings.fleet)
@@ -94,6 +95,7 @@ class Agent:
         self._store = store
         self._link = link
         self._say = say
+        self._alive = alive
         self._epoch = epoch
         self._own_bundle = read_bundle(settings.bundle) if settings.bundle else None
         self._welcome: Welcome | None = None
@@ -137,6 +139,7 @@ class Agent:
 
     def _turn(self) -> None:
         """One piece of work, if there is any, then one event."""
+        self._alive()
         crowded = self._link.backlog > _BACKLOG
         if not crowded:
             self._advance()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.agent import Agent, AgentSettings
+from edge_client.notify import Notifier
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
@@ -26,6 +27,7 @@ def run_device(
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
     store = StateStore(state)
+    notifier = Notifier.from_environment()
     epoch = secrets.randbits(63)  # names this start of the program
     will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
@@ -35,10 +37,11 @@ def run_device(
     )  # fmt: skip
     try:
         link.open(connect_s)
+        notifier.ready()
         say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}")
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
-        agent = Agent(settings, epoch, shard, store, link, say)
+        agent = Agent(settings, epoch, shard, store, link, say, notifier.alive)
         reason = "stopped"
         try:
             outcome = agent.run()
