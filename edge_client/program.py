@@ -13,15 +13,18 @@ from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import Leave, encode
-from wire_protocol.mqtt import Address, Link, Will
+from wire_protocol.mqtt import Address, Link, TlsFiles, Will
 from wire_protocol.topics import Topics, check_name
 
 
 def run_device(
-    settings: AgentSettings, address: Address, data: Path, state: Path, connect_s: float,
-    packet_limit: int, say: Callable[[str], None],
+    settings: AgentSettings, address: Address, tls: TlsFiles | None, data: Path, state: Path,
+    connect_s: float, packet_limit: int, say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Take part until the run ends. Raises a MusplitError; says goodbye in any case."""
+    """Take part until the run ends. Raises a MusplitError; says goodbye in any case.
+
+    With `tls` the link is encrypted, and bundles have to be signed by the key that lies beside it.
+    """
     keep_freed_memory()
     check_name(settings.device_id, "device id")
     topics = Topics(check_name(settings.fleet, "fleet"))
@@ -33,12 +36,13 @@ def run_device(
     link = Link(
         f"{settings.fleet}/{settings.device_id}", address,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
-        will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit,
+        will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit, tls=tls,
     )  # fmt: skip
     try:
         link.open(connect_s)
         notifier.ready()
-        say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}")
+        how = " over TLS 1.3" if tls is not None else ""
+        say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}{how}")
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
         agent = Agent(settings, epoch, shard, store, link, say, notifier.alive)

@@ -7,7 +7,6 @@ passwords or TLS here.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import shutil
 import signal
@@ -30,7 +29,7 @@ _POLL_S: Final = 0.2
 
 def check_listen(address: Address, *, insecure: bool) -> None:
     """Raise ListenError when the address is beyond loopback without --insecure, or taken."""
-    if not _is_loopback(address.host) and not insecure:
+    if not address.is_loopback and not insecure:
         raise ListenError(
             f"--listen {address}: the embedded broker has no passwords and no TLS; anyone who "
             "reaches it can join. Type --insecure to allow it on a network you trust"
@@ -131,10 +130,3 @@ async def _run_amqtt(address: Address) -> None:
     await broker.start()
     await stop.wait()
     await broker.shutdown()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -259,9 +259,9 @@ def shard(
 @click.option("--packet-limit", default=0, type=PACKET_BYTES, show_default=True, metavar="BYTES",
               help="Largest packet, for a broker that tells no limit; 0: none.")  # fmt: skip
 def device(
-    device_id: str, broker: str, connect_s: float, data: Path, fleet: str, bundle: Path | None,
-    state: Path | None, threads: int, speed: float, delay_s: float, wait_s: float,
-    offline_s: float, packet_limit: int,
+    device_id: str, broker: str, identity: Path | None, insecure: bool, connect_s: float,
+    data: Path, fleet: str, bundle: Path | None, state: Path | None, threads: int, speed: float,
+    delay_s: float, wait_s: float, offline_s: float, packet_limit: int,
 ) -> None:  # fmt: skip
     """Take part in a run as one device: forward passes only, no torch.
 
@@ -269,18 +269,21 @@ def device(
     state on disk, so that it can be killed and started again at any time.
 
     \b
-    musplit device --id pi-1 --broker 192.168.1.10 --data shard-000.npz
+    musplit device --id pi-1 --broker 192.168.1.10 --identity identity --data shard-000.npz
     """
     with guarded():
         from edge_client.agent import AgentSettings
         from edge_client.program import run_device
+        from wire_protocol.tls import tls_for
 
         settings = AgentSettings(
             device_id, fleet, threads=threads, speed=speed, delay_s=delay_s, bundle=bundle,
             wait_s=wait_s, offline_s=offline_s,
         )  # fmt: skip
         folder = state or Path("musplit-state") / device_id
-        run_device(settings, parse_address(broker), data, folder, connect_s, packet_limit, say)
+        address = parse_address(broker, tls=identity is not None)
+        tls = tls_for(address, identity, insecure=insecure)
+        run_device(settings, address, tls, data, folder, connect_s, packet_limit, say)
 
 
 @main.command()
@@ -292,8 +295,8 @@ def device(
 @resume_option
 @format_option
 def serve(
-    config: Path | None, broker: str, connect_s: float, out: Path | None,
-    overrides: tuple[str, ...], resume: Path | None, output: str,
+    config: Path | None, broker: str, identity: Path | None, insecure: bool, connect_s: float,
+    out: Path | None, overrides: tuple[str, ...], resume: Path | None, output: str,
 ) -> None:  # fmt: skip
     """Run an experiment as its server: export, wait for the devices, train, run the control.
 
@@ -307,21 +310,24 @@ def serve(
     with guarded():
         from musplit.progress import server_notifier
         from server_node.config import load_config
+        from server_node.serve import Access
         from server_node.serve import resume as resume_server
         from server_node.serve import serve as run_server
+        from wire_protocol.tls import tls_for
 
-        address, notify = parse_address(broker), server_notifier(output)
+        address, notify = parse_address(broker, tls=identity is not None), server_notifier(output)
+        access = Access(address, tls_for(address, identity, insecure=insecure), connect_s)
         if resume is not None:
             check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
             with redirect_stdout(sys.stderr):
-                resume_server(resume, address, connect_s=connect_s, notify=notify)
+                resume_server(resume, access, notify)
         elif config is None:
             fail("give CONFIG, or --resume RUN", 2)
         else:
             checked = load_config(config, list(overrides))
             folder = out or run_folder(config)
             with redirect_stdout(sys.stderr):  # events go where stdout was
-                run_server(checked, address, folder, connect_s=connect_s, notify=notify)
+                run_server(checked, access, folder, notify)
 
 
 @main.command()

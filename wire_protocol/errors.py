@@ -2,6 +2,7 @@
 
 MusplitError                 exit code 1
 |- InputError                3  a file, field or value handed in is wrong
+|  |- IdentityError          certificate, key or CA are missing, readable by others, or unusable
 |- TransportError            4  the broker cannot be reached, or was lost for too long
 |  |- QueueFullError         more messages wait for the broker than the link holds
 |- RefusedError              5  the other side said no, with its reason
@@ -28,6 +29,10 @@ class InputError(MusplitError):
     """A file, a field or a value handed in by the user is wrong."""
 
     exit_code = 3
+
+
+class IdentityError(InputError):
+    """Certificate, key or CA are missing, readable by others, or cannot be used."""
 
 
 class TransportError(MusplitError):
