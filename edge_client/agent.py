@@ -18,9 +18,10 @@ from edge_client.commit_queue import CommitQueue, own_round
 from edge_client.errors import BundleError
 from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
-from edge_client.pacing import PacedSession
+from edge_client.pacing import PacedSession, Pacing
 from edge_client.session import ClientSession
 from edge_client.shard import Shard, check_shard
+from edge_client.stand_in import StandIn
 from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
 from wire_protocol.directions import directions_digest
@@ -71,6 +72,7 @@ class AgentSettings(NamedTuple):
     threads: int = 1
     speed: float = 1.0
     delay_s: float = 0.0
+    stand_in: StandIn | None = None  # stands instead of speed and delay_s
     bundle: Path | None = None
     wait_s: float = 600.0  # for a server to answer the join
     offline_s: float = 300.0  # for a lost broker to come back
@@ -288,9 +290,9 @@ class Agent:
         if welcome is None:
             return
         check_shard(self._shard, bundle.manifest)
-        session = ClientSession(bundle, welcome.batch, self._settings.threads)
-        paced = PacedSession(session, self._settings.speed, self._settings.delay_s)
-        self._trainer = Trainer(welcome, paced, bundle, self._shard, time.monotonic)
+        pacing = self._pacing(welcome, bundle)
+        session = PacedSession(ClientSession(bundle, welcome.batch, self._settings.threads), pacing)
+        self._trainer = Trainer(welcome, session, bundle, self._shard, time.monotonic)
         saved = self._store.load_weights(self._trainer.scratch)
         # Saved rounds that the server has lost count for nothing.
         if (
@@ -305,6 +307,16 @@ class Agent:
             f"{self._trainer.next_round} of {welcome.rounds}"
         )
         self._ready()
+
+    def _pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
+        settings = self._settings
+        if settings.stand_in is None:
+            return Pacing(settings.speed, delay_s=lambda _: settings.delay_s)
+        pacing = settings.stand_in.pacing(welcome, bundle)
+        self._say(
+            f"stands for {settings.stand_in.board}: {1e3 * pacing.forward_s:.3g} ms a forward"
+        )
+        return pacing
 
     # -- training ----------------------------------------------------------------------------
 

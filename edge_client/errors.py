@@ -4,6 +4,10 @@ wire_protocol.errors.InputError
 |- ShardError    the data shard cannot be read, or does not fit the model
 |- BundleError   the client bundle is missing, damaged, or another one
 |- StateError    the state folder cannot be used
+|- PaceError     this machine cannot stand for a board, or the file about it is wrong
+|- MeterError    a power meter cannot be read, or is not what was named
+|- GapError      readings of a meter are missing: the window has no energy
+|- UnmeasuredError  --require-measured, and something was not measured
 """
 
 from __future__ import annotations
@@ -21,3 +25,19 @@ class BundleError(InputError):
 
 class StateError(InputError):
     """The state folder cannot be used."""
+
+
+class PaceError(InputError):
+    """This machine cannot stand for a board, or the file that says which is wrong."""
+
+
+class MeterError(InputError):
+    """A power meter cannot be read, or is not what was named."""
+
+
+class GapError(MeterError):
+    """Too few readings of a meter: the window has no energy."""
+
+
+class UnmeasuredError(InputError):
+    """Measured energy was required, and is not there."""

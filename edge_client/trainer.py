@@ -73,7 +73,7 @@ class Trainer:
         self._clock = PhaseClock(self._read_clock_s)
         self._measured_round = number
         xs, labels = self._batch()
-        self._session.start_round()
+        self._session.start_round(number)
         directions = welcome.directions if welcome.feedback == "loss_difference" else 0
         for part in zo_step(
             self._session, self.theta, xs, self._origin, directions, welcome.lam,
@@ -115,6 +115,7 @@ class Trainer:
         if self._measured_round != number:
             self._clock = PhaseClock(self._read_clock_s)
             self._measured_round = number
+        self._session.go_on()
         scalars: list[float] = []
         for scalar in derivatives(
             self._session, self.theta, self._batch()[0], gradient, self._origin,

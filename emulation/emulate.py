@@ -12,10 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, NamedTuple
+
+import msgspec
 
 from emulation.broker import LOOPBACK, free_port, wait_for_broker
-from emulation.errors import FleetError
+from emulation.emulated import TURNS_FOLDER, emulated_rows, late_steps
+from emulation.errors import FleetError, FleetFileError
+from emulation.fleet import EmulatedDevice, load_fleet, overload, save_fleet, saved_fleet
+from emulation.link import shaped_links
 from emulation.processes import Processes, last_line, musplit_command, processes, wait_unlocked
 from emulation.supervise import Supervised
 from server_node.config import Config, load_config, to_toml
@@ -24,6 +29,7 @@ from server_node.errors import ConfigError
 from server_node.files import CONFIG_FILE, LOCK_FILE, replace_file
 from server_node.journal import JOURNAL_FILE
 from server_node.partition import shard_name, write_shards
+from server_node.summary import write_summary
 from wire_protocol.errors import RefusedError, TransportError
 from wire_protocol.mqtt import Address
 
@@ -56,8 +62,39 @@ def emulate(
     if resume:
         locks = [folder / LOCK_FILE, *sorted((folder / "devices").glob(f"*/{LOCK_FILE}"))]
         wait_unlocked(locks, _ORPHANS_S)
-    with processes() as group:
-        return _Emulation(group, config, folder, notify, resume=resume).run()
+    fleet = _fleet(config, folder, notify, resume=resume)
+    broker = Address(LOOPBACK, free_port())
+    links = [device.link for device in fleet]
+    with shaped_links(links, broker, config.run.seed) as ways, processes() as group:
+        emulation = _Emulation(group, config, folder, notify, broker, resume=resume)
+        summary = emulation.run([Place(*pair) for pair in zip(fleet, ways, strict=True)])
+    if fleet:
+        rows = emulated_rows(fleet, folder, config, summary["bundle_sha256"])
+        summary["emulated"] = rows
+        write_summary(folder, summary)
+        _warn(notify, late_steps(rows))
+    return summary
+
+
+def _fleet(config: Config, folder: Path, notify: Notify, *, resume: bool) -> list[EmulatedDevice]:
+    """The boards that the devices stand for; empty: none. Raises FleetFileError."""
+    path = config.emulation.fleet
+    if not path:
+        return []
+    fleet = saved_fleet(folder) if resume else load_fleet(Path(path))
+    if len(fleet) != config.devices.count:
+        raise FleetFileError(
+            f"{path}: has {len(fleet)} devices, and devices.count is {config.devices.count}"
+        )
+    if not resume:
+        save_fleet(fleet, folder)
+    _warn(notify, overload(fleet))
+    return fleet
+
+
+def _warn(notify: Notify, text: str) -> None:
+    if text:
+        notify({"event": "warning", "text": text})
 
 
 def emulated_config(folder: Path) -> Config:
@@ -68,23 +105,36 @@ def emulated_config(folder: Path) -> Config:
     raise ConfigError(f"{folder}: holds no run ({CONFIG_FILE} is missing); nothing to resume")
 
 
+class Place(NamedTuple):
+    """A device of the fleet, and where its link begins."""
+
+    device: EmulatedDevice
+    way: Address
+
+
 class _Emulation:
     """The processes of one emulation, and what keeps them running."""
 
     def __init__(
-        self, group: Processes, config: Config, folder: Path, notify: Notify, *, resume: bool
-    ) -> None:
+        self, group: Processes, config: Config, folder: Path, notify: Notify, broker: Address, *,
+        resume: bool,
+    ) -> None:  # fmt: skip
         self._group, self._config, self._folder = group, config, folder
+        self._address = broker
+        self._places: list[Place] = []
         self._notify, self._resume = notify, resume
         self._logs = folder / "logs"
         self._devices: list[Supervised] = []
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._summary: dict[str, Any] | None = None
 
-    def run(self) -> dict[str, Any]:
-        """Start everything, watch it until the server has ended."""
+    def run(self, places: list[Place]) -> dict[str, Any]:
+        """Start everything, watch it until the server has ended.
+
+        `places`: what the devices stand for; empty when they stand for nothing.
+        """
         config, folder = self._config, self._folder
-        self._address = Address(LOOPBACK, free_port())
+        self._places = places
         self._broker = self._start_broker()
         toml = to_toml(config).encode()
         replace_file(folder / EMULATED_FILE, lambda file: file.write(toml))
@@ -145,18 +195,36 @@ class _Emulation:
 
     def _device(self, index: int) -> Supervised:
         name = f"device-{index:03d}"
-        emulation, folder = self._config.emulation, self._folder
-        speed = emulation.speed[index] if index < len(emulation.speed) else 1.0
-        delay_s = emulation.delay_s[index] if index < len(emulation.delay_s) else 0.0
+        folder = self._folder
+        how = self._stands_for(index) if self._places else self._slowed(index)
         command = musplit_command(
-            "device", "--id", name, "--broker", str(self._address),
+            "device", "--id", name, *how,
             "--fleet", self._config.run.fleet, "--data", str(folder / "shards" / shard_name(index)),
             "--state", str(folder / "devices" / name),
-            "--threads", str(self._config.devices.threads),
-            "--speed", str(speed), "--delay-s", str(delay_s),
             "--packet-limit", str(self._config.wire.packet_limit),
         )  # fmt: skip
         return Supervised(self._group, name, self._logs / f"{name}.log", lambda: command)
+
+    def _slowed(self, index: int) -> list[str]:
+        """Options of a device that is this machine, slowed down."""
+        emulation, threads = self._config.emulation, self._config.devices.threads
+        speed = emulation.speed[index] if index < len(emulation.speed) else 1.0
+        delay_s = emulation.delay_s[index] if index < len(emulation.delay_s) else 0.0
+        return [
+            "--broker", str(self._address), "--threads", str(threads),
+            "--speed", str(speed), "--delay-s", str(delay_s),
+        ]  # fmt: skip
+
+    def _stands_for(self, index: int) -> list[str]:
+        """Options of a device that stands for a board, on its link."""
+        device, way = self._places[index]
+        path = self._folder / "devices" / f"device-{index:03d}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(msgspec.json.encode(device.stand_in(self._folder / TURNS_FOLDER)))
+        return [
+            "--broker", str(way), "--threads", str(device.profile.runtime.threads),
+            "--stand-in", str(path),
+        ]  # fmt: skip
 
     # -- watching ----------------------------------------------------------------------------
 

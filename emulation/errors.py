@@ -5,6 +5,7 @@ wire_protocol.errors.MusplitError
 wire_protocol.errors.InputError
 |- ListenError       the embedded broker may not, or cannot, listen there
 |- FitError          a run folder's times cannot be taken over
+|- FleetFileError    a fleet file is wrong, or this machine cannot stand for a board of it
 """
 
 from __future__ import annotations
@@ -26,3 +27,7 @@ class ListenError(InputError):
 
 class FitError(InputError):
     """A run folder's times cannot be taken over into a simulation."""
+
+
+class FleetFileError(InputError):
+    """A fleet file is wrong, or this machine cannot stand for a board of it."""

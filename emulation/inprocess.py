@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.bundle import read_bundle
-from edge_client.pacing import PacedSession
+from edge_client.pacing import PacedSession, Pacing
 from edge_client.session import ClientSession
 from edge_client.shard import Shard
 from edge_client.trainer import Trainer
@@ -152,7 +152,7 @@ class InProcessFleet:
         config = run.config
         welcome = run.welcome(index, 0, len(self._experiment.client.manifest_data))
         session = ClientSession(self._bundle, config.devices.batch, config.devices.threads)
-        paced = PacedSession(session, speed=1.0, delay_s=0.0)
+        paced = PacedSession(session, Pacing())
         return Trainer(welcome, paced, self._bundle, self._shards[index], time.monotonic)
 
 

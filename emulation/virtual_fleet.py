@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from edge_client.bundle import Bundle, read_bundle
-from edge_client.pacing import PacedSession
+from edge_client.pacing import PacedSession, Pacing
 from edge_client.session import ClientSession
 from edge_client.shard import Shard
 from edge_client.trainer import Shared, Trainer
@@ -71,7 +71,7 @@ def make_boards(experiment: Experiment, shards: Sequence[Shard]) -> Boards:
     """One session for all devices: they compute one after the other."""
     bundle, devices = read_bundle(experiment.exported.client), experiment.config.devices
     session = ClientSession(bundle, devices.batch, devices.threads)
-    return Boards(bundle, PacedSession(session, speed=1.0, delay_s=0.0), shards)
+    return Boards(bundle, PacedSession(session, Pacing()), shards)
 
 
 class VirtualFleet:

@@ -252,6 +252,8 @@ def shard(
               show_default=True, help="Pad each forward to 1/speed of its time.")  # fmt: skip
 @click.option("--delay-s", default=0.0, type=SECONDS, show_default=True, metavar="S",
               help="Wait before each round's first forward: a straggler.")  # fmt: skip
+@click.option("--stand-in", type=click.Path(path_type=Path), metavar="FILE",
+              help="Take as long as another board; musplit emulate --fleet writes FILE.")  # fmt: skip
 @click.option("--wait-s", default=600.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when the server is silent for this long.")  # fmt: skip
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
@@ -261,7 +263,7 @@ def shard(
 def device(
     device_id: str, broker: str, identity: Path | None, insecure: bool, connect_s: float,
     data: Path, fleet: str, bundle: Path | None, state: Path | None, threads: int, speed: float,
-    delay_s: float, wait_s: float, offline_s: float, packet_limit: int,
+    delay_s: float, stand_in: Path | None, wait_s: float, offline_s: float, packet_limit: int,
 ) -> None:  # fmt: skip
     """Take part in a run as one device: forward passes only, no torch.
 
@@ -274,10 +276,14 @@ def device(
     with guarded():
         from edge_client.agent import AgentSettings
         from edge_client.program import run_device
+        from edge_client.stand_in import read_stand_in
         from wire_protocol.tls import tls_for
 
+        if stand_in is not None and (speed != 1.0 or delay_s):
+            fail("--stand-in: holds the speed and the delay; leave out --speed and --delay-s", 2)
         settings = AgentSettings(
-            device_id, fleet, threads=threads, speed=speed, delay_s=delay_s, bundle=bundle,
+            device_id, fleet, threads=threads, speed=speed, delay_s=delay_s,
+            stand_in=read_stand_in(stand_in) if stand_in is not None else None, bundle=bundle,
             wait_s=wait_s, offline_s=offline_s,
         )  # fmt: skip
         folder = state or Path("musplit-state") / device_id

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from emulation.emulate import emulate, emulated_config
+from emulation.fleet import load_fleet
 from emulation.report import ProgressView, parse_requirement, print_table, write_junit
 from musplit.support import say
-from server_node.config import load_config
+from server_node.config import Config, load_config
 
 
 def run_emulation(
@@ -21,7 +22,7 @@ def run_emulation(
     `resume`: the configuration is that of the run in `folder`.
     """
     requirements = [parse_requirement(text) for text in required]
-    config = emulated_config(folder) if resume else load_config(config_path, overrides)
+    config = emulated_config(folder) if resume else _config(config_path, overrides)
     with ProgressView(config, sys.stderr) as view:
         summary = emulate(config, folder, view.notify, resume=resume)
     judged = [(requirement, requirement.judge(summary)) for requirement in requirements]
@@ -37,3 +38,16 @@ def run_emulation(
         say(f"musplit: error: the run {summary['outcome']}: see {folder / 'logs' / 'server.log'}")
         return 1
     return 1 if any(why for _, why in judged) else 0
+
+
+def _config(path: Path, overrides: list[str]) -> Config:
+    """The configuration, with as many devices as its fleet file has."""
+    config = load_config(path, overrides)
+    if not config.emulation.fleet:
+        return config
+    fleet = Path(config.emulation.fleet)
+    if not fleet.exists() and (path.parent / fleet).exists():  # named by the configuration
+        fleet = path.parent / fleet
+    count = len(load_fleet(fleet))
+    fields = [f"emulation.fleet={str(fleet.resolve())!r}", f"devices.count={count}"]
+    return load_config(path, [*overrides, *fields])

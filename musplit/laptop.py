@@ -31,6 +31,8 @@ from musplit.support import (
 @click.option("--rounds", type=int, help="Same as --set run.rounds=N.")
 @click.option("--clients", type=int, help="Same as --set devices.count=N.")
 @click.option("--seed", type=int, help="Same as --set run.seed=N.")
+@click.option("--fleet", metavar="FLEET", help="TOML file of boards and links that the devices "
+              "stand for; same as --set emulation.fleet=FLEET.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="A few rounds, to see that everything works.")
 @click.option("--out", type=click.Path(path_type=Path),
               help="Run folder.  [default: runs/NAME-TIME]")  # fmt: skip
@@ -42,7 +44,7 @@ from musplit.support import (
 @format_option
 def emulate(
     config: Path | None, data: str | None, overrides: tuple[str, ...], rounds: int | None,
-    clients: int | None, seed: int | None, quick: bool, out: Path | None,
+    clients: int | None, seed: int | None, fleet: str | None, quick: bool, out: Path | None,
     required: tuple[str, ...], junit: Path | None, resume: Path | None, output: str,
 ) -> None:  # fmt: skip
     """Run broker, server and devices as processes on this machine, and stop them all.
@@ -54,6 +56,7 @@ def emulate(
     musplit emulate
     musplit emulate --quick --format json
     musplit emulate --data fashion/ --set model.name=mlp:784-32-32-10 --rounds 100
+    musplit emulate --fleet boards.toml
     musplit emulate --require 'accuracy>=0.9' --junit report.xml
     musplit emulate --resume runs/digits-20260101-120000
     """
@@ -62,7 +65,7 @@ def emulate(
 
         path = config or default_config()
         shorthand = {"data.source": data, "run.rounds": rounds, "devices.count": clients,
-                     "run.seed": seed}  # fmt: skip
+                     "run.seed": seed, "emulation.fleet": fleet}  # fmt: skip
         given = [f"{key}={value}" for key, value in shorthand.items() if value is not None]
         quick_fields = ["run.rounds=30", "evaluation.every=5"] if quick else []
         fields = [*quick_fields, *given, *overrides]

@@ -175,6 +175,9 @@ def check_config(config: Config, where: str) -> None:
         ),
         "emulation.speed: has more entries than devices": len(config.emulation.speed) > count,
         "emulation.delay_s: has more entries than devices": len(config.emulation.delay_s) > count,
+        "emulation.fleet: says speeds and delays itself; leave emulation.speed and "
+        "emulation.delay_s empty": bool(config.emulation.fleet)
+        and bool(config.emulation.speed or config.emulation.delay_s),
         "simulation.recorded: names no run folder, which simulation.compute = recorded needs": (
             config.simulation.compute == "recorded" and not config.simulation.recorded
         ),

@@ -166,6 +166,7 @@ class EmulationSection(Section, frozen=True):
 
     speed: list[Speed] = []
     delay_s: list[Seconds] = []
+    fleet: str = ""  # a fleet file, which stands instead of speed and delay_s
     max_packet_bytes: PacketLimit = 0
 
 

@@ -9,7 +9,7 @@ from core_support import play, tiny_config
 
 from edge_client import zo_step as zo_module
 from edge_client.bundle import read_bundle
-from edge_client.pacing import PacedSession
+from edge_client.pacing import PacedSession, Pacing
 from edge_client.session import ClientSession
 from edge_client.shard import Shard
 from edge_client.trainer import Trainer
@@ -184,7 +184,7 @@ def trainer(bundle):
         rounds=10, next_round=0, encoding="float32", compression="none",
         feedback="loss_difference", optimiser="sgd", momentum=0.9, beta2=0.999, asynchronous=False,
     )  # fmt: skip
-    session = PacedSession(ClientSession(bundle, BATCH, 1), speed=1.0, delay_s=0.0)
+    session = PacedSession(ClientSession(bundle, BATCH, 1), Pacing())
     ticks = itertools.count()
     return Trainer(welcome, session, bundle, shard, lambda: float(next(ticks)))
 

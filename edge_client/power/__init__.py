@@ -1,0 +1,1 @@
+"""Power and energy of the board: meters, one sampler, integration, phases."""
