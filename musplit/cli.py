@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from musplit.flash import flash, wheelhouse
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.stem import stem
 from musplit.support import (
@@ -403,3 +404,5 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
 
 for _command in (emulate, simulate, study, plan, stem, warmup):
     main.add_command(_command)
+main.add_command(flash)
+main.add_command(wheelhouse)

@@ -37,8 +37,9 @@ def firstrun_files(order: Order) -> dict[str, bytes]:
     if order.login is not None:
         user = quote(order.login.user)
         lines += [
-            f"/usr/lib/userconf-pi/userconf {user} '!'",
+            # In this order: the key goes to the first user, who is then renamed.
             f'"$custom" enable_ssh -k {quote(order.login.key)}',
+            f"/usr/lib/userconf-pi/userconf {user} '!'",
             # Without a password sudo could not be used at all.
             f"printf '%s ALL=(ALL) NOPASSWD:ALL\\n' {user} >/etc/sudoers.d/010_musplit",
             "chmod 440 /etc/sudoers.d/010_musplit",
