@@ -25,15 +25,18 @@ _SHOWN = {"create": "+", "replace": "~", "remove": "-", "keep": " "}
 @click.option("--image", type=click.Path(path_type=Path), metavar="FILE",
               help="An image file, unpacked; needs mtools, neither root nor a mount.")  # fmt: skip
 @click.option("--overlay", type=click.Path(path_type=Path), metavar="TAR",
-              help="Jetson: write a tar for the root file system of the vendor's tools.")  # fmt: skip
+              help="Jetson: write a tar for the root file system of the vendor's tools."
+              )  # fmt: skip
 @click.option("--ssh", "host", metavar="[USER@]HOST",
-              help="A board that runs: install over SSH, as root or by sudo without password.")  # fmt: skip
+              help="A board that runs: install over SSH, as root or by sudo without password."
+              )  # fmt: skip
 @click.option("--system", metavar="NAME",
               help="Which image of the profile it is, where files do not tell.")  # fmt: skip
 @click.option("--ca", type=click.Path(path_type=Path), metavar="FILE",
               help="The lab's ca.pem: TLS with a certificate of its own.")  # fmt: skip
 @click.option("--signer", type=click.Path(path_type=Path), metavar="FILE",
-              help="The lab's signer.pub.  [default: beside --ca, else from enrolment]")  # fmt: skip
+              help="The lab's signer.pub.  [default: beside --ca, else from enrolment]"
+              )  # fmt: skip
 @click.option("--token-file", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE",
               help="The one-time enrolment token; - reads it from stdin.")  # fmt: skip
 @click.option("--enrol-url", default="", metavar="URL", help="Of the lab's enrolment service.")

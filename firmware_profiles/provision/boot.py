@@ -20,6 +20,7 @@ _TABLE: Final = struct.Struct("<B3xB3xII")  # active, type, first sector, sector
 _FAT_TYPES: Final = {0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E, 0xEF}
 _SIGNATURE: Final = b"\x55\xaa"
 _GPT: Final = 0xEE
+_COMPRESSED: Final = (b"\xfd7zXZ\0", b"\x1f\x8b", b"PK", b"\x28\xb5\x2f\xfd")  # xz, gzip, zip, zstd
 _COMMAND_S: Final = 600.0
 
 
@@ -119,7 +120,9 @@ class ImageBoot:
     def _must(self, program: str, *arguments: str, data: bytes = b"") -> bytes:
         done = self._mtools(program, *arguments, data=data)
         if done.returncode:
-            reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+            reason = done.stderr.decode(errors="replace").strip().splitlines() or [
+                "no reason given"
+            ]
             raise FlashError(f"{self.where}: {program} {arguments[-1]}: {reason[-1]}")
         return done.stdout
 
@@ -141,7 +144,7 @@ def _fat_offset(image: Path) -> int:
             record = file.read(_SECTOR_BYTES)
     except OSError as error:
         raise FlashError(f"--image {image}: cannot be read ({error.strerror})") from error
-    if record[:6] in {b"\xfd7zXZ\0"} or record[:2] == b"\x1f\x8b" or record[:2] == b"PK":
+    if record.startswith(_COMPRESSED):
         raise FlashError(f"--image {image}: compressed; unpack it first (xz -dk, unzip)")
     if len(record) < _SECTOR_BYTES or record[-2:] != _SIGNATURE:
         raise FlashError(f"--image {image}: has no partition table; give the whole card's image")
@@ -153,5 +156,5 @@ def _fat_offset(image: Path) -> int:
         )
     for _, kind, first, sectors in entries:
         if kind in _FAT_TYPES and sectors:
-            return first * _SECTOR_BYTES
+            return int(first) * _SECTOR_BYTES
     raise FlashError(f"--image {image}: has no FAT partition, so it does not boot a Raspberry Pi")

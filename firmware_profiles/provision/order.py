@@ -15,7 +15,9 @@ _COUNTRY: Final = re.compile(r"[A-Z]{2}")
 # Host names, IPv4 and IPv6 addresses: nothing that a shell or systemd would read as more.
 _BROKER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?")
 _URL: Final = re.compile(r"https://[A-Za-z0-9.:\[\]/_-]+")
-_SSH_KEY: Final = re.compile(r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?")
+_SSH_KEY: Final = re.compile(
+    r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?"
+)
 _SSID_BYTES: Final = 32
 
 
@@ -88,7 +90,9 @@ class Order(NamedTuple):
         check_name(self.device_id, "device id")
         check_name(self.fleet, "fleet")
         if not _BROKER.fullmatch(self.broker):
-            raise FlashError(f"--broker {self.broker!r}: write HOST or HOST:PORT, e.g. 192.168.1.10")
+            raise FlashError(
+                f"--broker {self.broker!r}: write HOST or HOST:PORT, e.g. 192.168.1.10"
+            )
         if self.lab.secure and not _URL.fullmatch(self.lab.enrol_url):
             raise FlashError(f"--enrol-url {self.lab.enrol_url!r}: write https://HOST:PORT")
 

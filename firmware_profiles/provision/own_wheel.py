@@ -85,7 +85,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 
 def run_pip(*arguments: str, variables: dict[str, str] | None = None) -> None:
-    """This interpreter's pip. Raises WheelhouseError with its last line."""
+    """Run the pip of this interpreter. Raises WheelhouseError with its last line."""
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
         capture_output=True, text=True, check=False, timeout=_BUILD_S,

@@ -1,6 +1,7 @@
 """First boot of images with rpi-preseed (2026 on): one TOML file, read in place.
 
-Its reader is a small one: basic strings know the escapes \\\\ and \\" alone, and end with their line.
+Its reader is a small one: basic strings know the escapes of backslash and quote alone, and end
+with their line.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from email.parser import HeaderParser
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -74,7 +75,7 @@ def check_wheelhouse(folder: Path) -> Wheelhouse:
     except (OSError, ValueError) as error:
         raise WheelhouseError(f"{folder}: no wheelhouse ({error}); {remedy}") from error
     if found != set(sums):
-        odd = sorted(found ^ set(sums))[0]
+        odd = min(found ^ set(sums))
         raise WheelhouseError(f"{folder}: {odd} is missing, or too many; {remedy}")
     for name, digest in sums.items():
         if _sha256(folder / name) != digest:
@@ -116,7 +117,9 @@ def _installed(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError as error:
-        raise WheelhouseError(f"{name} is not installed here; python -m pip install {name}") from error
+        raise WheelhouseError(
+            f"{name} is not installed here; python -m pip install {name}"
+        ) from error
 
 
 def _metadata(wheel: Path) -> list[str]:
@@ -150,7 +153,7 @@ def _download(profile: Profile, image: Image, pins: dict[str, str], folder: Path
     )  # fmt: skip
 
 
-def _describe(folder: Path, made_for: dict[str, object]) -> None:
+def _describe(folder: Path, made_for: Mapping[str, object]) -> None:
     wheels = sorted(folder.glob("*.whl"))
     lines = []
     for wheel in wheels:

@@ -95,8 +95,8 @@ take "$seed/shard.npz" "$state/shard.npz"
 [ -e "$state/shard.npz" ] || say "note: no data yet; put a shard at $state/shard.npz"
 # The service's user is made at its start, and owns what its folder's owner owns.
 chmod 700 "$state" "$state/identity"
-chown -R "$(stat -L -c %u:%g "$state")" "$state/identity"
-[ ! -e "$state/shard.npz" ] || chown "$(stat -L -c %u:%g "$state")" "$state/shard.npz"
+chown -R --reference="$state" "$state/identity"
+[ ! -e "$state/shard.npz" ] || chown --reference="$state" "$state/shard.npz"
 
 mkdir -p "$(dirname "$unit")/multi-user.target.wants"
 put "$seed/musplit-device.service" "$unit" 644
