@@ -74,6 +74,7 @@ class AgentSettings(NamedTuple):
     delay_s: float = 0.0
     stand_in: StandIn | None = None  # stands instead of speed and delay_s
     bundle: Path | None = None
+    identity: Path | None = None  # where signer.pub lies; without it bundles need no signature
     wait_s: float = 600.0  # for a server to answer the join
     offline_s: float = 300.0  # for a lost broker to come back
 
@@ -217,6 +218,7 @@ class Agent:
                 "this build computes other directions than the server's: install the same musplit "
                 f"version on both (here {version('musplit')})"
             )
+        self._check_signature(welcome)
         if self._welcome is not None:  # the old run's server went away without an End
             self._forget_run()
         self._welcome = welcome
@@ -233,6 +235,15 @@ class Agent:
             self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
             digest, size_bytes = welcome.manifest_sha256, welcome.manifest_bytes
             self._request(self._store.fetch_bundle(digest, size_bytes))
+
+    def _check_signature(self, welcome: Welcome) -> None:
+        """Before anything of the bundle is fetched or run. Raises UntrustedError."""
+        if self._settings.identity is not None:
+            # Ten megabytes that a device without an identity does not pay.
+            from identity.signatures import check_bundle  # noqa: PLC0415
+
+            digest, signature = welcome.manifest_sha256, welcome.bundle_signature
+            check_bundle(self._settings.identity, digest, signature)
 
     def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
         """The server may be another start of it, which knows nothing of the open round."""

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from musplit.flash import flash, wheelhouse
+from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.stem import stem
 from musplit.support import (
@@ -45,10 +46,12 @@ def main() -> None:
 
     \b
     On a laptop, everything at once:   musplit emulate
-    On a lab bench:                    musplit broker --listen 0.0.0.0 --insecure
+    On a lab bench:                    musplit ca init --host HOST   (docs/security.md)
+                                       musplit broker --listen 0.0.0.0 --tls broker
                                        musplit shard DATA --devices 8 --out shards
-                                       musplit serve CONFIG --broker HOST
-    and on each board:                 musplit device --id ID --broker HOST --data SHARD
+                                       musplit serve CONFIG --broker HOST --identity DIR
+    and on each board:                 musplit enroll ..
+                                       musplit device --id ID --broker HOST --identity DIR ..
     """
 
 
@@ -285,7 +288,7 @@ def device(
         settings = AgentSettings(
             device_id, fleet, threads=threads, speed=speed, delay_s=delay_s,
             stand_in=read_stand_in(stand_in) if stand_in is not None else None, bundle=bundle,
-            wait_s=wait_s, offline_s=offline_s,
+            wait_s=wait_s, offline_s=offline_s, identity=identity,
         )  # fmt: skip
         folder = state or Path("musplit-state") / device_id
         address = parse_address(broker, tls=identity is not None)
@@ -338,25 +341,32 @@ def serve(
 
 
 @main.command()
-@click.option("--listen", default="127.0.0.1:1883", show_default=True, metavar="ADDRESS[:PORT]",
-              help="Where to listen; beyond loopback only with --insecure.")  # fmt: skip
+@click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDRESS[:PORT]",
+              help="Where to listen, port 1883 or with --tls 8883; beyond loopback only with --tls "
+              "or --insecure.")  # fmt: skip
+@click.option("--tls", type=click.Path(path_type=Path), metavar="DIR",
+              help="A folder of musplit ca broker-config: certificates, access and revocations."
+              )  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines can reach.")
 @click.option("--max-packet", default=0, type=PACKET_BYTES, metavar="BYTES",
               help="Largest packet, mosquitto only; 0: the largest frame fits.")  # fmt: skip
-def broker(listen: str, insecure: bool, max_packet: int) -> None:
+def broker(listen: str, tls: Path | None, insecure: bool, max_packet: int) -> None:
     """Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
+
+    With --tls only who has a certificate of the lab gets in, and acts as itself alone.
 
     \b
     musplit broker
+    musplit broker --listen 0.0.0.0 --tls broker
     musplit broker --listen 0.0.0.0 --insecure
     """
     with guarded():
         from emulation.broker import check_listen, run_broker
 
-        address = parse_address(listen)
-        check_listen(address, insecure=insecure)
+        address = parse_address(listen, tls=tls is not None)
+        check_listen(address, tls, insecure=insecure)
         try:
-            code = run_broker(address, say, max_packet)
+            code = run_broker(address, say, max_packet, tls)
         except KeyboardInterrupt:
             say("broker stopped")
             return
@@ -406,3 +416,5 @@ for _command in (emulate, simulate, study, plan, stem, warmup):
     main.add_command(_command)
 main.add_command(flash)
 main.add_command(wheelhouse)
+main.add_command(ca)
+main.add_command(enroll_device, "enroll")

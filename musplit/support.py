@@ -78,14 +78,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse_address(text: str, *, tls: bool = False) -> Any:
-    """HOST, HOST:PORT or [IPV6]:PORT as an Address. Raises InputError."""
+def parse_address(text: str, *, tls: bool = False, default_port: int = 0) -> Any:
+    """HOST, HOST:PORT or [IPV6]:PORT as an Address; without a port MQTT's. Raises InputError."""
     from wire_protocol.errors import InputError
     from wire_protocol.mqtt import DEFAULT_PORT, DEFAULT_TLS_PORT, Address
 
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon or (text.count(":") > 1 and not text.startswith("[")):
-        host, port = text, str(DEFAULT_TLS_PORT if tls else DEFAULT_PORT)
+        host, port = text, str(default_port or (DEFAULT_TLS_PORT if tls else DEFAULT_PORT))
     host = host.strip("[]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"address {text!r}: write HOST or HOST:PORT, e.g. 192.168.1.10:1883")

@@ -46,7 +46,10 @@ _UNFINISHED = "the control run was not finished"
 
 
 class Access(NamedTuple):
-    """How the server reaches the broker; `tls` None: plain, and bundles are not signed."""
+    """How the server reaches the broker.
+
+    With `tls` it signs bundles by the key that lies beside its own; without, they are not signed.
+    """
 
     address: Address
     tls: TlsFiles | None = None
@@ -163,6 +166,7 @@ def _serve(
         summary = _finished_summary(experiment, progress)
         notify({"event": "summary", **summary})
         return summary
+    signature = _signature(access, experiment.exported.digest)
     link = Link(
         f"{config.run.fleet}//server", access.address,
         subscriptions=Topics(config.run.fleet).all_uplinks,
@@ -177,7 +181,8 @@ def _serve(
              "command": device_command(config, access)}
         )  # fmt: skip
         latest = progress.control or progress.main
-        node = Node(experiment, link, notify, latest.past.devices if latest else ())
+        known = latest.past.devices if latest else ()
+        node = Node(experiment, link, notify, known, signature)
         if progress.main is not None and progress.main_done:
             main = result_of_past(experiment, progress.main)
         else:
@@ -197,6 +202,15 @@ def _serve(
             f"ones); the run so far is in {folder}"
         )
     return summary
+
+
+def _signature(access: Access, digest: str) -> bytes:
+    """Of the bundle; cryptography is needed only where there is an identity."""
+    if access.tls is None:
+        return b""
+    from identity.signatures import sign_bundle  # noqa: PLC0415
+
+    return sign_bundle(access.tls.folder, digest)
 
 
 def device_command(config: Config, access: Access) -> str:

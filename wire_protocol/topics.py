@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from wire_protocol.errors import InputError
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 _TREE_VERSION: Final = 1
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

@@ -101,13 +101,14 @@ def _pins(own: Path, profile: Profile) -> dict[str, str]:
     pins: dict[str, str] = {"pip": _installed("pip")}
     waiting = _requirements(_metadata(own))
     while waiting:
-        name = waiting.pop()
+        name, marked = waiting.pop()
         if name in pins or name in _LEFT_OUT:
             continue
         try:
             waiting += _requirements(distribution(name).requires or [])
         except PackageNotFoundError:
-            continue  # a requirement of another system or an older Python
+            if marked:
+                continue  # of another system, or an older Python
         pins[name] = _installed(name)
     pins["onnxruntime"] = profile.runtime.onnxruntime
     return dict(sorted(pins.items()))
@@ -129,14 +130,14 @@ def _metadata(wheel: Path) -> list[str]:
     return HeaderParser().parsestr(text).get_all("Requires-Dist") or []
 
 
-def _requirements(lines: list[str]) -> list[str]:
-    """The names of requirements that no extra asks for, in normal form."""
+def _requirements(lines: list[str]) -> list[tuple[str, bool]]:
+    """Requirements that no extra asks for: the name in normal form; whether under conditions."""
     names = []
     for line in lines:
         requirement, _, marker = line.partition(";")
         found = _NAME.match(requirement.strip())
         if found is not None and "extra" not in marker:
-            names.append(re.sub(r"[-_.]+", "-", found[0]).lower())
+            names.append((re.sub(r"[-_.]+", "-", found[0]).lower(), bool(marker)))
     return names
 
 
