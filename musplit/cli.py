@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from musplit.doctor import doctor
 from musplit.flash import flash, wheelhouse
 from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
@@ -412,7 +413,7 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-for _command in (emulate, simulate, study, plan, stem, warmup):
+for _command in (doctor, emulate, simulate, study, plan, stem, warmup):
     main.add_command(_command)
 main.add_command(flash)
 main.add_command(wheelhouse)

@@ -57,6 +57,8 @@ FILES: Final = {
     "wire_protocol/encodings.py": {"backports"},
     "wire_protocol/mqtt.py": {"paho"},
     "wire_protocol/paho_client.py": {"paho"},
+    "edge_client/doctor/certificates.py": {"cryptography"},
+    "edge_client/doctor/probe.py": {"onnxruntime"},
     "edge_client/session.py": {"onnxruntime"},
 }
 

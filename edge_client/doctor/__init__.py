@@ -1,0 +1,1 @@
+"""`musplit doctor`: what would keep this board from taking part, found before a run."""
