@@ -77,7 +77,7 @@ def flash(
     places = {"--boot-dir": boot_dir, "--image": image, "--overlay": overlay, "--ssh": host}
     if sum(place is not None for place in places.values()) != 1:
         fail(f"flash: give one of {', '.join(places)}", 2)
-    if (ca is not None) == insecure:
+    if (ca is not None) == insecure or (ca is not None and token_file is None):
         fail("flash: give --ca FILE with --token-file and --enrol-url, or type --insecure", 2)
     if token_file is not None and str(token_file) == str(wifi_passphrase_file) == "-":
         fail("flash: stdin holds one secret; give a file for the other", 2)
