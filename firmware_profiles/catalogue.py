@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -78,6 +78,18 @@ def catalogue() -> list[Profile]:
         (parse_profile(entry.read_text(encoding="utf-8"), entry.name) for entry in entries),
         key=lambda profile: profile.name,
     )
+
+
+def as_builtins(profile: Profile) -> dict[str, Any]:
+    """The profile as TOML and JSON have it; fields without a value are left out."""
+    found: dict[str, Any] = _without_none(msgspec.to_builtins(profile))
+    return found
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _problems(profile: Profile) -> Iterator[tuple[str, str]]:

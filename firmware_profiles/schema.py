@@ -82,6 +82,7 @@ class Image(Table, frozen=True):
     supported: bool
     remedy: Text  # supported: how Python and musplit get there; otherwise: why not, what instead
     source: Text
+    onnxruntime: Release | None = None  # the pin for this Python, where it is another
 
 
 class Crash(Table, frozen=True):

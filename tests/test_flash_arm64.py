@@ -22,6 +22,7 @@ from flash_support import PARTITIONS, PASSPHRASE, make_image, needs_fat, unpack
 from harness import ROOT, TINY, Bench, flags, free_port, make_shards
 
 from scripts.arm64.cache import UnavailableError
+from scripts.arm64.userland import userland
 
 pytestmark = [pytest.mark.network, pytest.mark.timeout(1800), needs_fat]
 CPU = "cortex-a72"
@@ -74,8 +75,6 @@ def _expand(line, values):
 @pytest.fixture(scope="module")
 def board(tmp_path_factory):
     """An arm64 Debian Bookworm with Raspberry Pi OS's helpers stubbed."""
-    from scripts.arm64.userland import userland
-
     root = tmp_path_factory.mktemp("board") / "root"
     try:
         land = userland({"onnxruntime": "1.24.4"})
@@ -91,6 +90,11 @@ def board(tmp_path_factory):
     for name in ("etc/sudoers.d", "var/log", "boot"):
         (root / name).mkdir(parents=True, exist_ok=True)
     return Board(prefix, root)
+
+
+def _say(text: str) -> None:
+    """A figure, for whoever runs with -s."""
+    sys.stdout.write(f"\n{text}\n")
 
 
 def _musplit(*command: str, cwd: Path) -> str:
@@ -121,14 +125,14 @@ def test_a_flashed_card_installs_offline_enrols_joins_over_tls_and_trains(board,
         "--wifi-passphrase-file", "passphrase", "--format", "json", cwd=tmp_path,
     ))  # fmt: skip
     size_bytes = sum(c["size_bytes"] for c in facts["changes"] if "/wheelhouse/" in c["name"])
-    print(f"\nwheelhouse: {size_bytes / 1e6:.1f} MB")
+    _say(f"wheelhouse: {size_bytes / 1e6:.1f} MB")
     assert size_bytes <= LIMIT_BYTES
 
     unpack(image, board.root / "boot/firmware")
     began_s = time.monotonic()
     done = board.run("/bin/sh", "/boot/firmware/firstrun.sh")
     log = (board.root / "boot/firmware/musplit/install.log").read_text()
-    print(f"seed and installer on {CPU}: {time.monotonic() - began_s:.0f} s")
+    _say(f"seed and installer on {CPU}: {time.monotonic() - began_s:.0f} s")
     assert done.returncode == 0, done.stderr
     assert "starts at boot" in log, log
     asked = (board.root / "var/log/first-boot").read_text()
@@ -145,7 +149,7 @@ def test_a_flashed_card_installs_offline_enrols_joins_over_tls_and_trains(board,
 
     began_s = time.monotonic()
     again = board.run("/bin/sh", "/boot/firmware/musplit/install.sh")
-    print(f"installer again: {time.monotonic() - began_s:.0f} s")
+    _say(f"installer again: {time.monotonic() - began_s:.0f} s")
     assert again.returncode == 0, again.stderr
     assert "installing release" not in again.stdout
 
@@ -192,7 +196,7 @@ def _trains(board, folder, lab, enrol_port, broker_port):
                 code = device.wait(60.0)
             finally:
                 device.kill()
-        print(f"enrolled device, 3 rounds over TLS: {time.monotonic() - began_s:.0f} s")
+        _say(f"enrolled device, 3 rounds over TLS: {time.monotonic() - began_s:.0f} s")
     said = (folder / "device.log").read_text()
     assert code == 0, said
     assert "over TLS 1.3" in said

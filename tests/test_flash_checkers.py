@@ -14,6 +14,7 @@ from flash_support import PARTITIONS, Desk, make_folder
 
 from musplit.cli import main as command_line
 from scripts.arm64.cache import UnavailableError, cached
+from scripts.arm64.debian import Archive
 
 FILES = Path(__file__).resolve().parent.parent / "firmware_profiles" / "provision" / "files"
 UNIT = FILES / "musplit-device.service"
@@ -106,7 +107,6 @@ def strict():
     host = _HOSTS.get(platform.machine())
     if host is None or not shutil.which("proot"):
         pytest.skip("cloud-init and netplan of Debian trixie need proot, on x86-64 or arm64")
-    from scripts.arm64.debian import Archive
 
     def build(folder):
         archive = Archive("trixie", host)

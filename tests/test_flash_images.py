@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 
 import pytest
+from click.testing import CliRunner
 from flash_support import (
     KEY,
     OFFSET,
@@ -20,6 +21,12 @@ from flash_support import (
     needs_fat,
     unpack,
 )
+
+from firmware_profiles.catalogue import catalogue, load_profile
+from firmware_profiles.errors import FlashError
+from firmware_profiles.provision.boot import FolderBoot
+from firmware_profiles.provision.detect import detect
+from musplit.cli import main
 
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13", "ubuntu-24.04": "3.12", "preseed": "3.13"}
 OWN_FILES = {
@@ -130,10 +137,6 @@ def test_a_dry_run_shows_every_file_and_no_secret_and_writes_nothing(desk, tmp_p
 
 def test_secrets_come_from_stdin_too(desk, tmp_path):
     """Never from the command line, which every user of the machine can read."""
-    from click.testing import CliRunner
-
-    from musplit.cli import main
-
     card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
     done = CliRunner().invoke(
         main,
@@ -211,6 +214,33 @@ def test_a_card_of_another_device_is_refused(desk, tmp_path):
     done = desk.flash("--boot-dir", str(card), "--insecure", device_id="pi-2")
     assert done.exit_code == 3
     assert "was flashed as 'pi-1'" in done.stderr
+
+
+FRESH = {
+    "bookworm": PARTITIONS["bookworm"],
+    "trixie": PARTITIONS["trixie"],
+    "trixie-firstrun": _changed(
+        "bookworm", cmdline_txt=b"root=x resize\n", issue_txt=b"reference 2025-10-01\n"
+    ),
+    "trixie-preseed": _changed(
+        "bookworm", cmdline_txt=b"root=x resize\n", issue_txt=b"reference 2026-08-03\n"
+    ),
+    "ubuntu-24.04": PARTITIONS["ubuntu-24.04"],
+}
+TREES = {"bcm2710-rpi-3-b-plus.dtb": b"", "bcm2710-rpi-zero-2-w.dtb": b"",
+         "bcm2711-rpi-4-b.dtb": b"", "bcm2712-rpi-5-b.dtb": b""}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRESH)
+@pytest.mark.parametrize("profile", [p.name for p in catalogue() if p.kind == "raspberry-pi"])
+def test_the_system_of_a_fresh_card_is_found_out_for_every_board(tmp_path, name, profile):
+    known = load_profile(profile)
+    card = FolderBoot(make_folder(tmp_path / "card", {**FRESH[name], **TREES}))
+    if name in {image.name for image in known.images if image.supported}:
+        assert detect(card, known, None).image.name == name
+    else:
+        with pytest.raises(FlashError):
+            detect(card, known, None)
 
 
 def test_a_release_that_is_not_supported_says_what_to_take(desk, tmp_path):

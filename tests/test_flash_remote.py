@@ -1,4 +1,4 @@
-"""`musplit flash` without a card: over SSH, and as an overlay for the vendor's tools of a Jetson."""
+"""`musplit flash` without a card: over SSH, and as an overlay for a Jetson's root file system."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import tarfile
 
 import pytest
 from flash_support import TOKEN, Desk
+
+from firmware_profiles.provision import remote, seed
 
 # Stands for ssh and the board: notes its arguments, runs the command here in a folder of its own.
 FAKE_SSH = """#!/bin/sh
@@ -45,8 +47,6 @@ def desk(tmp_path, monkeypatch):
 @pytest.fixture
 def board(tmp_path, monkeypatch):
     """The board's own programs: its installer is replaced by one that only notes what it got."""
-    from firmware_profiles.provision import remote, seed
-
     make = seed.make_seed
 
     def with_fake_installer(order, wheelhouse):
@@ -90,7 +90,8 @@ def test_a_dry_run_over_ssh_only_asks_what_is_there(desk, board):
     assert not (board / "installed").exists()
 
 
-def test_a_board_of_another_device_is_refused(desk, board):
+@pytest.mark.usefixtures("board")
+def test_a_board_of_another_device_is_refused(desk):
     desk.flashed("--ssh", "pi@board", "--insecure")
     done = desk.flash("--ssh", "pi@board", "--insecure", device_id="pi-2")
     assert done.exit_code == 3

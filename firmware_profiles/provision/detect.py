@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Final, NamedTuple
 
@@ -12,6 +13,8 @@ from firmware_profiles.schema import FirstBoot, Image, Profile
 
 CMDLINE: Final = "cmdline.txt"
 _CONFIG: Final = "config.txt"
+_ISSUE: Final = "issue.txt"  # of Raspberry Pi OS: the date of its image
+_PRESEED_SINCE: Final = "2026-07"
 _KERNELS: Final = ("kernel8.img", "vmlinuz", "current/vmlinuz")
 # A 64-bit image has none of these; with them even a 64-bit kernel runs 32-bit programs.
 _KERNELS_32: Final = ("kernel.img", "kernel7.img", "kernel7l.img")
@@ -45,7 +48,7 @@ def detect(boot: Boot, profile: Profile, system: str | None) -> System:
     cmdline = (boot.read(CMDLINE) or b"").decode(errors="replace")
     if "ds=nocloud" in cmdline and "i=musplit-" not in cmdline:
         raise _customised(boot, f"{CMDLINE} names another cloud-init instance")
-    first_boot = _format(boot, names)
+    first_boot = _format(boot, names, cmdline)
     return System(_choose(boot, profile, system, first_boot, cmdline, names), cmdline)
 
 
@@ -92,7 +95,7 @@ def _check_board(boot: Boot, names: set[str], profile: Profile) -> None:
         )
 
 
-def _format(boot: Boot, names: set[str]) -> FirstBoot:
+def _format(boot: Boot, names: set[str], cmdline: str) -> FirstBoot:
     """The format of the first boot: the newest one that the partition has a sign of."""
     if preseed.FILE in names:
         _check_ours(boot, preseed.FILE, allow_comments=True)
@@ -103,7 +106,18 @@ def _format(boot: Boot, names: set[str]) -> FirstBoot:
         _check_ours(boot, firstrun.SCRIPT, allow_comments=False)
     if "custom.toml" in names:
         raise _customised(boot, "custom.toml lies there")
-    return "firstrun"
+    # Images that read rpi-preseed.toml bring none: their age tells them from the first Trixie.
+    issued = re.search(r"\d{4}-\d\d-\d\d", (boot.read(_ISSUE) or b"").decode(errors="replace"))
+    return (
+        "rpi-preseed"
+        if issued is not None and issued[0] >= _PRESEED_SINCE and _trixie(cmdline)
+        else "firstrun"
+    )
+
+
+def _trixie(cmdline: str) -> bool:
+    """Raspberry Pi OS Trixie grows its root file system from its initramfs; Bookworm does not."""
+    return "resize" in cmdline.split()
 
 
 def _check_ours(boot: Boot, name: str, *, allow_comments: bool) -> None:
@@ -141,12 +155,11 @@ def _choose(
             f"{images[0].first_boot}; leave out --system, or take that image"
         )
     if system is None:
-        # Raspberry Pi OS writes issue.txt, Ubuntu does not; Trixie grows its root from initramfs.
-        ubuntu = "issue.txt" not in names
+        ubuntu = _ISSUE not in names
         fitting = [image for image in fitting if image.name.startswith("ubuntu") == ubuntu]
-        trixie = "resize" in cmdline.split()
-        if any("trixie" in image.name for image in fitting) and not ubuntu:
-            fitting = [image for image in fitting if ("trixie" in image.name) == trixie] or fitting
+        if any("trixie" in image.name for image in fitting):
+            trixie = _trixie(cmdline)
+            fitting = [image for image in fitting if ("trixie" in image.name) == trixie]
     if not fitting:
         raise FlashError(
             f"{boot.where}: {profile.name} knows no image that is set up by {first_boot} like this "

@@ -32,6 +32,8 @@ _LEFT_OUT: Final = frozenset({"sympy", "mpmath"})
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # glibc of the oldest tag that a wheel may carry; wheels name the oldest glibc they run on.
 _OLDEST_GLIBC: Final = 17
+# What musplit runs on; an image with another Python says in its remedy how this one gets there.
+_PYTHONS: Final = ("3.11", "3.12", "3.13")
 
 
 class Wheelhouse(NamedTuple):
@@ -49,9 +51,9 @@ def build_wheelhouse(profile: Profile, image: Image, folder: Path) -> Wheelhouse
     with tempfile.TemporaryDirectory(prefix="musplit-wheels-") as name:
         scratch = Path(name)
         own = own_wheel(scratch)
-        pins = _pins(own, profile)
+        pins = _pins(own, image.onnxruntime or profile.runtime.onnxruntime)
         made_for = {
-            "profile": profile.name, "image": image.name, "python": image.python,
+            "profile": profile.name, "image": image.name, "python": board_python(image),
             "machine": profile.cpu.architecture, "glibc": image.glibc, "pins": pins,
             "musplit_sha256": _sha256(own),
         }  # fmt: skip
@@ -87,7 +89,7 @@ def check_wheelhouse(folder: Path) -> Wheelhouse:
 
 def check_fits(wheelhouse: Wheelhouse, profile: Profile, image: Image) -> None:
     """Raises WheelhouseError when the wheels are for another system."""
-    wanted = (image.python, profile.cpu.architecture)
+    wanted = (board_python(image), profile.cpu.architecture)
     if (wheelhouse.python, wheelhouse.machine) != wanted:
         raise WheelhouseError(
             f"{wheelhouse.folder}: for Python {wheelhouse.python} on {wheelhouse.machine}; "
@@ -96,8 +98,13 @@ def check_fits(wheelhouse: Wheelhouse, profile: Profile, image: Image) -> None:
         )
 
 
-def _pins(own: Path, profile: Profile) -> dict[str, str]:
-    """Name -> version of everything musplit needs: as installed here, onnxruntime as profiled."""
+def board_python(image: Image) -> str:
+    """The Python that the device program runs on: the image's own, or the oldest that will do."""
+    return image.python if image.python in _PYTHONS else _PYTHONS[0]
+
+
+def _pins(own: Path, onnxruntime: str) -> dict[str, str]:
+    """Name -> version of everything musplit needs: as installed here, but for onnxruntime."""
     pins: dict[str, str] = {"pip": _installed("pip")}
     waiting = _requirements(_metadata(own))
     while waiting:
@@ -110,7 +117,7 @@ def _pins(own: Path, profile: Profile) -> dict[str, str]:
             if marked:
                 continue  # of another system, or an older Python
         pins[name] = _installed(name)
-    pins["onnxruntime"] = profile.runtime.onnxruntime
+    pins["onnxruntime"] = onnxruntime
     return dict(sorted(pins.items()))
 
 
@@ -148,7 +155,7 @@ def _download(profile: Profile, image: Image, pins: dict[str, str], folder: Path
     platforms.append(f"manylinux2014_{machine}")
     run_pip(
         "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--implementation", "cp",
-        "--python-version", image.python, "--dest", str(folder),
+        "--python-version", board_python(image), "--dest", str(folder),
         *(part for platform in platforms for part in ("--platform", platform)),
         *(f"{name}=={number}" for name, number in pins.items()),
     )  # fmt: skip
