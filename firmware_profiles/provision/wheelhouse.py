@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from firmware_profiles.errors import WheelhouseError
-from firmware_profiles.provision.own_wheel import own_wheel, run_pip
+from firmware_profiles.provision.own_wheel import own_digest, own_wheel, run_pip
 from firmware_profiles.schema import Image, Profile
 
 REQUIREMENTS: Final = "requirements.txt"
@@ -48,17 +48,20 @@ class Wheelhouse(NamedTuple):
 
 def build_wheelhouse(profile: Profile, image: Image, folder: Path) -> Wheelhouse:
     """Fill `folder`, or find it filled with just this. Raises WheelhouseError."""
+    there = folder.is_dir() and any(folder.iterdir())
+    if there and not (folder / _MADE_FOR).is_file():
+        raise WheelhouseError(f"{folder}: holds other files; give a folder of its own to --out")
+    made_for = {
+        "profile": profile.name, "image": image.name, "python": board_python(image),
+        "machine": profile.cpu.architecture, "glibc": image.glibc,
+        "onnxruntime": image.onnxruntime or profile.runtime.onnxruntime,
+        "musplit_sha256": own_digest(),
+    }  # fmt: skip
+    if there and _made_for(folder) == made_for:
+        return check_wheelhouse(folder)
     with tempfile.TemporaryDirectory(prefix="musplit-wheels-") as name:
         scratch = Path(name)
-        own = own_wheel(scratch)
-        pins = _pins(own, image.onnxruntime or profile.runtime.onnxruntime)
-        made_for = {
-            "profile": profile.name, "image": image.name, "python": board_python(image),
-            "machine": profile.cpu.architecture, "glibc": image.glibc, "pins": pins,
-            "musplit_sha256": _sha256(own),
-        }  # fmt: skip
-        if _made_for(folder) == made_for:
-            return check_wheelhouse(folder)
+        pins = _pins(own_wheel(scratch), made_for["onnxruntime"])
         _download(profile, image, pins, scratch)
         _describe(scratch, made_for)
         _replace(scratch, folder)
@@ -161,7 +164,7 @@ def _download(profile: Profile, image: Image, pins: dict[str, str], folder: Path
     )  # fmt: skip
 
 
-def _describe(folder: Path, made_for: Mapping[str, object]) -> None:
+def _describe(folder: Path, made_for: Mapping[str, str]) -> None:
     wheels = sorted(folder.glob("*.whl"))
     lines = []
     for wheel in wheels:
@@ -177,10 +180,8 @@ def _describe(folder: Path, made_for: Mapping[str, object]) -> None:
 
 
 def _replace(scratch: Path, folder: Path) -> None:
-    """Move the new wheelhouse in; only what an older one left is removed."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / _MADE_FOR).is_file():
-            raise WheelhouseError(f"{folder}: holds other files; give a folder of its own to --out")
+    """Move the new wheelhouse in, in place of an older one."""
+    if folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in scratch.iterdir():
