@@ -24,10 +24,12 @@ from harness import ROOT, TINY, Bench, flags, free_port, make_shards
 from scripts.arm64.cache import UnavailableError
 from scripts.arm64.userland import userland
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(1800), needs_fat]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(3000), needs_fat]
 CPU = "cortex-a72"
 STATE = "/var/lib/musplit"
 STUB = '#!/bin/sh\necho "$0" "$1" >>/var/log/first-boot\n'
+# The system call behind os.access is newer than proot, which looks for the path on this machine.
+ACCESS = "import os; os.access = lambda path, *_, **__: os.path.exists(path)\n"
 LIMIT_BYTES = 50_000_000
 
 
@@ -40,7 +42,7 @@ class Board:
     def command(self, *command: str) -> list[str]:
         return [*self.prefix, *command]
 
-    def run(self, *command: str, timeout_s: float = 1500.0) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout_s: float = 2400.0) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*command), capture_output=True, text=True, check=False,
             timeout=timeout_s, env=self.environment(),
@@ -153,6 +155,8 @@ def test_a_flashed_card_installs_offline_enrols_joins_over_tls_and_trains(board,
     assert again.returncode == 0, again.stderr
     assert "installing release" not in again.stdout
 
+    (site,) = board.root.glob("opt/musplit-releases/*/lib/python3.11/site-packages")
+    (site / "proot.pth").write_text(ACCESS)
     _trains(board, tmp_path, lab, enrol_port, broker_port)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from flash_support import PARTITIONS, Desk, make_folder
 
+from firmware_profiles.provision.overlay import INSTALL_UNIT
 from musplit.cli import main as command_line
 from scripts.arm64.cache import UnavailableError, cached
 from scripts.arm64.debian import Archive
@@ -90,6 +91,13 @@ def test_systemd_accepts_the_unit_without_a_word_and_finds_it_hardened(cards, tm
     )  # fmt: skip
     if "offline" not in rated.stderr:  # systemd before 250 cannot
         assert rated.returncode == 0, rated.stdout[-300:]
+
+
+@needs("systemd-analyze")
+def test_systemd_accepts_the_unit_of_the_overlay_too(tmp_path):
+    unit = tmp_path / "musplit-install.service"
+    unit.write_text(INSTALL_UNIT)
+    _check("systemd-analyze", "verify", unit)
 
 
 def test_rpi_preseed_has_no_key_and_no_type_that_its_schema_lacks(cards):

@@ -27,7 +27,7 @@ _TARGETS: Final = {
     "jetson-orin-nano": "jetson-orin-nano-devkit mmcblk0p1",
     "jetson-agx-orin": "jetson-agx-orin-devkit mmcblk0p1",
 }
-_INSTALL: Final = f"""\
+INSTALL_UNIT: Final = f"""\
 # Written by musplit flash. Installs the device program once, at the first boot.
 
 [Unit]
@@ -53,7 +53,7 @@ def overlay_bytes(seed: Seed) -> bytes:
         for name, data in seed.files.items()
     }
     secrets = {f"{_SEED}/{name.removeprefix(f'{FOLDER}/')}" for name in SECRETS}
-    files[_UNIT] = _INSTALL.encode()
+    files[_UNIT] = INSTALL_UNIT.encode()
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         # The folder is listed first, for its mode: nobody but root looks into it.
@@ -104,7 +104,7 @@ def overlay_names(seed: Seed) -> Mapping[str, int]:
         f"{_SEED}/{name.removeprefix(f'{FOLDER}/')}": len(_bytes(data))
         for name, data in seed.files.items()
     }
-    return {**names, _UNIT: len(_INSTALL), _WANTED: 0}
+    return {**names, _UNIT: len(INSTALL_UNIT), _WANTED: 0}
 
 
 def _bytes(data: bytes | Path) -> bytes:
