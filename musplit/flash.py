@@ -83,6 +83,8 @@ def flash(
         fail("flash: stdin holds one secret; give a file for the other", 2)
     with guarded():
         from firmware_profiles.catalogue import load_profile
+        from firmware_profiles.provision.boot import FolderBoot, ImageBoot
+        from firmware_profiles.provision.flashing import Flashing
         from firmware_profiles.provision.order import Lab, Login, Order, Wifi
 
         profile = load_profile(profile_name)
@@ -105,11 +107,11 @@ def flash(
             Login.of(user, key) if key is not None else None, shard,
         )  # fmt: skip
         order.check()
-        from firmware_profiles.provision.flashing import Flashing
-
         flashing = Flashing(profile, order, system, wheels, say)
-        if boot_dir is not None or image is not None:
-            facts = flashing.card(boot_dir, image, dry_run=dry_run)
+        if boot_dir is not None:
+            facts = flashing.card(FolderBoot(boot_dir), dry_run=dry_run)
+        elif image is not None:
+            facts = flashing.card(ImageBoot(image), dry_run=dry_run)
         elif overlay is not None:
             facts = flashing.tar(overlay, dry_run=dry_run)
         else:

@@ -28,6 +28,7 @@ class Boot(Protocol):
     """A boot partition; names are relative, with '/'."""
 
     where: str
+    then: str  # what a person does next
 
     def names(self, folder: str = "") -> set[str]:
         """The names in a folder; none when it is missing."""
@@ -47,6 +48,7 @@ class FolderBoot:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
+        self.then = f"umount {folder}, and put the card into the board"
         self._folder = folder
         if not folder.is_dir():
             raise FlashError(f"--boot-dir {folder}: no folder; mount the card's first partition")
@@ -82,6 +84,7 @@ class ImageBoot:
 
     def __init__(self, image: Path) -> None:
         self.where = str(image)
+        self.then = f"write {image} to a card (Raspberry Pi Imager, no customisation; or dd)"
         if shutil.which("mcopy") is None:
             raise FlashError(
                 "--image needs mtools: install it (apt install mtools, brew install mtools), or "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from firmware_profiles.errors import FlashError
-from firmware_profiles.provision.boot import FolderBoot, ImageBoot
+from firmware_profiles.provision.boot import Boot
 from firmware_profiles.provision.detect import detect
 from firmware_profiles.provision.order import Order
 from firmware_profiles.provision.overlay import (
@@ -41,20 +41,17 @@ class Flashing:
         self._profile, self._order, self._system = profile, order, system
         self._wheels, self._say = wheels, say
 
-    def card(self, boot_dir: Path | None, image: Path | None, *, dry_run: bool) -> Facts:
+    def card(self, boot: Boot, *, dry_run: bool) -> Facts:
         """Into a mounted boot partition or an image file. Raises an InputError."""
-        boot = FolderBoot(boot_dir) if boot_dir is not None else ImageBoot(image or Path())
         system = detect(boot, self._profile, self._system)
         check_same_device(boot.read(RECORD), self._order, boot.where)
         seed = self._seed(system.image)
         plan = make_plan(boot, system, self._order, seed)
         if not dry_run:
             apply_plan(boot, plan, lambda change: self._say(f"{change.action} {change.name}"))
-        unmount = [f"umount {boot_dir}, and put the card into the board"] if boot_dir else []
-        write = [f"write {image} to a card (Raspberry Pi Imager, no customisation; or dd)"]
         return self._facts(
             boot.where, system.image, [change._asdict() for change in plan.changes], dry_run,
-            unmount or write, "written" if plan.pending else _UNCHANGED,
+            [boot.then], "written" if plan.pending else _UNCHANGED,
         )  # fmt: skip
 
     def tar(self, path: Path, *, dry_run: bool) -> Facts:
