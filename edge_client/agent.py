@@ -95,6 +95,7 @@ class Agent:
         link: LinkLike,
         say: Callable[[str], None],
         energy: EnergySource,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._topics = Topics(settings.fleet)
@@ -106,6 +107,7 @@ class Agent:
         self._stopwatch = energy.stopwatch
         self._metered = False  # the run's energy is being counted
         self.unmeasured = ""  # why a run's energy was not measured
+        self._alive = alive
         self._epoch = epoch
         self._own_bundle = _read_own(settings)
         self._welcome: Welcome | None = None
@@ -149,6 +151,7 @@ class Agent:
 
     def _turn(self) -> None:
         """One piece of work, if there is any, then one event."""
+        self._alive()
         crowded = self._link.backlog > _BACKLOG
         if not crowded:
             self._advance()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.agent import Agent, AgentSettings
+from edge_client.notify import Notifier
 from edge_client.power.choose import EnergyChoice, energy_source
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
@@ -35,6 +36,7 @@ def run_device(
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
     store = StateStore(state)
+    notifier = Notifier.from_environment()
     epoch = secrets.randbits(63)  # names this start of the program
     will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
     link = Link(
@@ -45,11 +47,12 @@ def run_device(
     energy = energy_source(choice, settings.threads, say)
     try:
         link.open(connect_s)
+        notifier.ready()
         how = " over TLS 1.3" if tls is not None else ""
         say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}{how}")
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
-        agent = Agent(settings, epoch, shard, store, link, say, energy)
+        agent = Agent(settings, epoch, shard, store, link, say, energy, notifier.alive)
         reason = "stopped"
         try:
             outcome = agent.run()

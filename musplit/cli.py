@@ -13,6 +13,7 @@ import click
 from musplit.bench import bench
 from musplit.calibrate import calibrate
 from musplit.doctor import doctor
+from musplit.flash import flash, wheelhouse
 from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.power import power
@@ -445,8 +446,8 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
 
 
 for _command in (
-    bench, calibrate, ca, doctor, emulate, plan, power, profiles, report, simulate, stem, study,
-    warmup,
+    bench, ca, calibrate, doctor, emulate, flash, plan, power, profiles, report, simulate, stem,
+    study, warmup, wheelhouse,
 ):  # fmt: skip
     main.add_command(_command)
 main.add_command(enroll_device, "enroll")

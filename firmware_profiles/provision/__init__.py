@@ -1,0 +1,1 @@
+"""What a blank board gets: first-boot files, wheelhouse, installer, service."""
