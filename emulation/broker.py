@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -20,7 +21,9 @@ from typing import Any, Final
 from emulation.errors import ListenError
 from emulation.processes import last_line, processes
 from identity.access import ACL_FILE, CRL_FILE, Listener, mosquitto_configuration
+from identity.files import BROKER_KEY_FILE
 from wire_protocol.mqtt import Address
+from wire_protocol.tls import check_private
 
 LOOPBACK: Final = "127.0.0.1"
 _START_S: Final = 15.0
@@ -28,7 +31,10 @@ _POLL_S: Final = 0.2
 
 
 def check_listen(address: Address, tls: Path | None, *, insecure: bool) -> None:
-    """Raise ListenError when the address is beyond loopback without TLS or consent, or taken."""
+    """Raise ListenError when the address is beyond loopback without TLS or consent, or taken.
+
+    Raises IdentityError when others can read the broker's key.
+    """
     if tls is not None and insecure:
         raise ListenError("--insecure and --tls exclude each other: give one")
     if not address.is_loopback and tls is None and not insecure:
@@ -38,6 +44,8 @@ def check_listen(address: Address, tls: Path | None, *, insecure: bool) -> None:
         )
     if tls is not None and not (tls / ACL_FILE).is_file():
         raise ListenError(f"--tls {tls}: no broker's folder; musplit ca broker-config writes one")
+    if tls is not None:
+        check_private(tls / BROKER_KEY_FILE)
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -76,7 +84,10 @@ def run_broker(
     with tempfile.TemporaryDirectory(prefix="musplit-broker-") as folder, processes() as group:
         configuration = Path(folder) / "mosquitto.conf"
         listener = Listener(address.host, address.port, tls, max_packet_bytes)
-        configuration.write_text(mosquitto_configuration(listener), encoding="utf-8")
+        text = mosquitto_configuration(listener)
+        if tls is not None and os.geteuid() == 0:
+            text += "user root\n"  # else it becomes a user who cannot read the key
+        configuration.write_text(text, encoding="utf-8")
         log = Path(folder) / "mosquitto.log"
         process = group.start([mosquitto, "-c", str(configuration)], log)
         if not wait_for_broker(address, _START_S, lambda: process.poll() is None):

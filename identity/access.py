@@ -6,7 +6,6 @@ hold against a real broker.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -113,9 +112,6 @@ def _device_rules(topics: Topics) -> Iterator[str]:
 
 def _tls_lines(folder: Path) -> Iterator[str]:
     place = folder.resolve()
-    if os.geteuid() == 0:
-        # Started as root, mosquitto would become a user who cannot read the key.
-        yield "user root"
     yield from (
         "# TLS 1.3, both sides with a certificate of the lab's CA; revoked ones are refused.",
         f"cafile {place / CA_FILE}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from identity.access import ACL_FILE
+from identity.access import ACL_FILE, CONFIGURATION_FILE
 from identity.authority import Authority
 from identity.broker import refresh_broker_folder, write_broker_folder
 from identity.certificates import (
@@ -99,6 +100,9 @@ class Mosquitto:
         self.lab, self.port = lab, free_port()
         self.folder = lab.folder / f"broker-{self.port}"
         write_broker_folder(lab.authority, self.folder, LOOPBACK, self.port, lab.now_s)
+        if os.geteuid() == 0:  # mosquitto's own user cannot enter a test's folder
+            with (self.folder / CONFIGURATION_FILE).open("a") as file:
+                file.write("user root\n")
         self.tester = lab.forge(TESTER)
         self._admit_tester()
 

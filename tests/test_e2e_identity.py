@@ -374,3 +374,11 @@ def test_another_name_than_the_certificates_is_told_at_once(site):
     identity = ("--identity", str(site.identity(DEVICES[0])))
     done = command("device", "--id", "pi-9", "--broker", broker, "--data", shard, *identity)
     assert (done.exit_code, "of 'device-000', not of 'pi-9'" in done.stderr) == (3, True)
+
+
+def test_a_brokers_key_that_others_can_read(site, tmp_path):
+    folder = tmp_path / "broker"
+    shutil.copytree(site.bench.folder / "broker", folder)
+    (folder / "broker.key").chmod(0o644)
+    done = command("broker", "--tls", str(folder))
+    assert (done.exit_code, f"chmod 600 {folder / 'broker.key'}" in done.stderr) == (3, True)
