@@ -35,37 +35,47 @@ def run_device(
         _check_own(tls, settings.device_id)
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
-    store = StateStore(state)
     notifier = Notifier.from_environment()
-    epoch = secrets.randbits(63)  # names this start of the program
-    will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
-    link = Link(
-        f"{settings.fleet}/{settings.device_id}", address,
-        subscriptions=(topics.down(settings.device_id), topics.broadcast),
-        will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit, tls=tls,
-    )  # fmt: skip
-    energy = energy_source(choice, settings.threads, say)
+    energy = energy_source(choice, settings.threads, say)  # idle is measured before the work
     try:
-        link.open(connect_s)
-        notifier.ready()
-        how = " over TLS 1.3" if tls is not None else ""
-        say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}{how}")
-        if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
-            say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
-        agent = Agent(settings, epoch, shard, store, link, say, energy, notifier.alive)
-        reason = "stopped"
+        store = StateStore(state)
         try:
-            outcome = agent.run()
-            say(f"run over: {outcome}")
-            reason = "finished"
+            epoch = secrets.randbits(63)  # names this start of the program
+            will = Will(topics.control(settings.device_id), encode(Leave(epoch, "connection lost")))
+            link = Link(
+                f"{settings.fleet}/{settings.device_id}", address,
+                subscriptions=(topics.down(settings.device_id), topics.broadcast),
+                will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit, tls=tls,
+            )  # fmt: skip
+            link.open(connect_s)
+            notifier.ready()
+            _greet(settings.device_id, link, say, encrypted=tls is not None)
+            agent = Agent(settings, epoch, shard, store, link, say, energy, notifier.alive)
+            _take_part(agent, link, choice, say)
         finally:
-            agent.leave(reason)
-            link.close()
-        if choice.require_measured and agent.unmeasured:
-            raise UnmeasuredError(f"the run's energy is not measured: {agent.unmeasured}")
+            store.close()
     finally:
         energy.close()
-        store.close()
+
+
+def _greet(device_id: str, link: Link, say: Callable[[str], None], *, encrypted: bool) -> None:
+    how = " over TLS 1.3" if encrypted else ""
+    say(f"{device_id}: connected to {link.address} by MQTT {link.protocol}{how}")
+    if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
+        say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
+
+
+def _take_part(agent: Agent, link: Link, choice: EnergyChoice, say: Callable[[str], None]) -> None:
+    reason = "stopped"
+    try:
+        outcome = agent.run()
+        say(f"run over: {outcome}")
+        reason = "finished"
+    finally:
+        agent.leave(reason)
+        link.close()
+    if choice.require_measured and agent.unmeasured:
+        raise UnmeasuredError(f"the run's energy is not measured: {agent.unmeasured}")
 
 
 def _check_own(tls: TlsFiles, device_id: str) -> None:
