@@ -19,6 +19,8 @@ from edge_client.errors import BundleError
 from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
 from edge_client.pacing import PacedSession, Pacing
+from edge_client.power.phases import RADIO, WAIT
+from edge_client.power.source import EnergySource
 from edge_client.session import ClientSession
 from edge_client.shard import Shard, check_shard
 from edge_client.stand_in import StandIn
@@ -26,6 +28,7 @@ from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
 from identity.errors import UntrustedError
 from wire_protocol.directions import directions_digest
+from wire_protocol.energy import MeasuredByPhase, NoEnergy
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
 from wire_protocol.frames import MAGIC as FRAME_MAGIC
 from wire_protocol.frames import Frame, decode_frame
@@ -91,6 +94,7 @@ class Agent:
         store: StateStore,
         link: LinkLike,
         say: Callable[[str], None],
+        energy: EnergySource,
     ) -> None:
         self._settings = settings
         self._topics = Topics(settings.fleet)
@@ -98,6 +102,10 @@ class Agent:
         self._store = store
         self._link = link
         self._say = say
+        self._energy = energy
+        self._stopwatch = energy.stopwatch
+        self._metered = False  # the run's energy is being counted
+        self.unmeasured = ""  # why a run's energy was not measured
         self._epoch = epoch
         self._own_bundle = _read_own(settings)
         self._welcome: Welcome | None = None
@@ -145,7 +153,8 @@ class Agent:
         if not crowded:
             self._advance()
         busy = self._work is not None or bool(self._unsent)
-        event = self._link.next_event((_CROWDED_S if crowded else 0.0) if busy else _IDLE_S)
+        event = self._link.next_event(self._rest(crowded=crowded, busy=busy))
+        self._stopwatch.enter(WAIT)
         if isinstance(event, Connected):
             self._offline_since_s = None
             self._heard_s = time.monotonic()  # nobody could be heard meanwhile
@@ -155,6 +164,14 @@ class Agent:
         elif event is not None:
             self._receive(event.payload)
         self._check_time()
+
+    def _rest(self, *, crowded: bool, busy: bool) -> float:
+        """How long to wait for an event; what is under way meanwhile is the radio's time."""
+        under_way = self._offline_since_s is None and self._link.backlog > 0
+        self._stopwatch.enter(RADIO if under_way or self._fetch is not None else WAIT)
+        if busy:
+            return _CROWDED_S if crowded else 0.0
+        return _CROWDED_S if under_way else _IDLE_S
 
     # -- what arrives ------------------------------------------------------------------------
 
@@ -306,7 +323,9 @@ class Agent:
         check_shard(self._shard, bundle.manifest)
         pacing = self._pacing(welcome, bundle)
         session = PacedSession(ClientSession(bundle, welcome.batch, self._settings.threads), pacing)
-        self._trainer = Trainer(welcome, session, bundle, self._shard, time.monotonic)
+        self._trainer = Trainer(
+            welcome, session, bundle, self._shard, time.monotonic, stopwatch=self._stopwatch
+        )
         saved = self._store.load_weights(self._trainer.scratch)
         # Saved rounds that the server has lost count for nothing.
         if (
@@ -335,6 +354,7 @@ class Agent:
     # -- training ----------------------------------------------------------------------------
 
     def _train(self, message: Round | Commit | Snapshot | Scalars, trainer: Trainer) -> None:
+        self._meter_run()
         match message:
             case _ if self._snapshot is not None:
                 pass  # the fetch under way comes first; what it leaves missing is asked for after
@@ -360,6 +380,12 @@ class Agent:
                     self._ready()
             case _:
                 pass
+
+    def _meter_run(self) -> None:
+        """The run's energy counts from its first message on."""
+        if not self._metered:
+            self._metered = True
+            self._energy.begin()
 
     @property
     def _asynchronous(self) -> bool:
@@ -426,7 +452,7 @@ class Agent:
         self._answering = self._answer = None
 
     def _publish_frame(self, payload: bytes) -> None:
-        self._link.publish(self._topics.frame(self._settings.device_id), payload)
+        self._publish(self._topics.frame(self._settings.device_id), payload)
 
     def _commit(self, commit: Commit, trainer: Trainer) -> None:
         self._drop_round()
@@ -456,6 +482,9 @@ class Agent:
             self._apply_later(self._trainer)
             self._report(self._trainer.next_round, 0.0, self._trainer)
             self._save(force=True)  # what the device has learned stays on its disk
+            energy = self._energy.so_far()
+            if not isinstance(energy, MeasuredByPhase) and not self.unmeasured:
+                self.unmeasured = energy.reason if isinstance(energy, NoEnergy) else energy.model
         self._forget_run()
         if end.final:
             self._finished = end
@@ -465,6 +494,7 @@ class Agent:
         self._drop_fetch()
         self._later.take()
         self._welcome = self._trainer = None
+        self._metered = False
         self._drop_round()
         self._acknowledged_round = self._mismatch_round = self._begun_round = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
@@ -522,12 +552,17 @@ class Agent:
             trainer.report(
                 self._epoch, round_number, self._started_unix_s, replay_s,
                 stream=(self._link.bytes_up - up, self._link.bytes_down - down),
-                bundle=self._bundle_bytes, rss=memory_bytes(),
+                bundle=self._bundle_bytes, rss=memory_bytes(), energy=self._energy.so_far(),
             )
         )  # fmt: skip
 
     def _send(self, message: UpMessage) -> None:
-        self._link.publish(self._topics.control(self._settings.device_id), encode(message))
+        self._publish(self._topics.control(self._settings.device_id), encode(message))
+
+    def _publish(self, topic: str, payload: bytes) -> None:
+        self._stopwatch.enter(RADIO)
+        self._link.publish(topic, payload)
+        self._stopwatch.enter(WAIT)
 
     def _lost(self, event: Disconnected) -> None:
         if event.fatal:

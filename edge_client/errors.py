@@ -7,7 +7,6 @@ wire_protocol.errors.InputError
 |- PaceError     this machine cannot stand for a board, or the file about it is wrong
 |- MeterError    a power meter cannot be read, or is not what was named
 |- GapError      readings of a meter are missing: the window has no energy
-|- UnmeasuredError  --require-measured, and something was not measured
 """
 
 from __future__ import annotations
@@ -37,7 +36,3 @@ class MeterError(InputError):
 
 class GapError(MeterError):
     """Too few readings of a meter: the window has no energy."""
-
-
-class UnmeasuredError(InputError):
-    """Measured energy was required, and is not there."""

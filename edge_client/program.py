@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_client.agent import Agent, AgentSettings
+from edge_client.power.choose import EnergyChoice, energy_source
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
-from wire_protocol.errors import IdentityError
+from wire_protocol.errors import IdentityError, UnmeasuredError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import Leave, encode
 from wire_protocol.mqtt import Address, Link, TlsFiles, Will
@@ -20,11 +21,12 @@ from wire_protocol.topics import Topics, check_name
 
 def run_device(
     settings: AgentSettings, address: Address, tls: TlsFiles | None, data: Path, state: Path,
-    connect_s: float, packet_limit: int, say: Callable[[str], None],
+    connect_s: float, packet_limit: int, say: Callable[[str], None], choice: EnergyChoice,
 ) -> None:  # fmt: skip
     """Take part until the run ends. Raises a MusplitError; says goodbye in any case.
 
     With `tls` the link is encrypted, and bundles have to be signed by the key that lies beside it.
+    UnmeasuredError comes after the run: it counts, only its energy does not.
     """
     keep_freed_memory()
     check_name(settings.device_id, "device id")
@@ -40,13 +42,14 @@ def run_device(
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
         will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit, tls=tls,
     )  # fmt: skip
+    energy = energy_source(choice, settings.threads, say)
     try:
         link.open(connect_s)
         how = " over TLS 1.3" if tls is not None else ""
         say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}{how}")
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
-        agent = Agent(settings, epoch, shard, store, link, say)
+        agent = Agent(settings, epoch, shard, store, link, say, energy)
         reason = "stopped"
         try:
             outcome = agent.run()
@@ -55,7 +58,10 @@ def run_device(
         finally:
             agent.leave(reason)
             link.close()
+        if choice.require_measured and agent.unmeasured:
+            raise UnmeasuredError(f"the run's energy is not measured: {agent.unmeasured}")
     finally:
+        energy.close()
         store.close()
 
 

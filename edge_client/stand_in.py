@@ -22,9 +22,10 @@ from msgspec import Meta, Struct
 from edge_client.bundle import Bundle
 from edge_client.errors import PaceError
 from edge_client.pacing import Pacing
+from edge_client.power.choose import Board
 from edge_client.session import ClientSession
 from edge_client.zo_step import PhaseClock, zo_step
-from firmware_profiles.schema import Calibrated
+from firmware_profiles.schema import Calibrated, Power
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream
 from wire_protocol.messages import Welcome
 
@@ -64,17 +65,23 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
     """The file of --stand-in: which board, and what is known of its speed."""
 
     board: str
-    ratio: Annotated[float, Meta(ge=1, le=1e9)]  # time of a step there / here
+    ratio: Annotated[float, Meta(gt=0, le=1e9)]  # time of a step there / here
     threads: Annotated[int, Meta(ge=1)]  # of the board
     host_threads: Annotated[int, Meta(ge=1)]  # of a step here, when it is measured
     turns: str  # folder for what the devices of this machine measure
     calibrated: list[Calibrated] = []
     delay: Delay = Delay()
+    power: Power | None = None  # what the model of its energy rests on
+    cores: Annotated[int, Meta(ge=1)] = 1
+    slow_motion: Annotated[float, Meta(ge=1)] = 1.0  # is in ratio, calibrated and delay
 
     def pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
         """For one run. Raises PaceError when the board is faster than this machine."""
         here_s = self._here_s(welcome, bundle)
-        there_s = self.calibrated_s(bundle.digest, welcome.batch) or here_s * self.ratio
+        there_s = (
+            self.calibrated_s(bundle.digest, welcome.batch, welcome.directions)
+            or here_s * self.ratio
+        )
         if here_s > there_s * _TOLERANCE:
             raise PaceError(
                 f"{self.board} takes {1e3 * there_s:.3g} ms for a forward of this model, this "
@@ -86,16 +93,30 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
 
         return Pacing(forward_s=there_s, ratio=max(1.0, there_s / here_s), delay_s=delay_s)
 
-    def calibrated_s(self, digest: str, batch: int) -> float | None:
-        """A forward as measured on the board, for this bundle, batch and its own threads."""
-        for entry in self.calibrated:
-            if (entry.bundle, entry.batch, entry.threads) == (digest, batch, self.threads):
-                return entry.step_s / (2 * entry.directions + 1)
-        return None
+    def energy_model(self) -> Board | None:
+        """What the board's energy is modelled by."""
+        if self.power is None:
+            return None
+        return Board(self.board, self.power, self.cores, self.threads, self.slow_motion)
+
+    def calibrated_s(self, digest: str, batch: int, directions: int) -> float | None:
+        """A forward as measured on the board, for this bundle, batch and its own threads.
+
+        In a step of as many directions, or of the number nearest to it.
+        """
+        fitting = [
+            entry
+            for entry in self.calibrated
+            if (entry.bundle, entry.batch, entry.threads) == (digest, batch, self.threads)
+        ]
+        if not fitting:
+            return None
+        entry = min(fitting, key=lambda entry: abs(entry.directions - directions))
+        return entry.step_s / (2 * entry.directions + 1)
 
     def known_s(self, digest: str, batch: int, directions: int) -> float | None:
         """What `pacing` held the forwards to, if devices have asked for it already."""
-        calibrated_s = self.calibrated_s(digest, batch)
+        calibrated_s = self.calibrated_s(digest, batch, directions)
         if calibrated_s is not None:
             return calibrated_s
         try:

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from edge_client.bundle import Bundle
 from edge_client.pacing import PacedSession
+from edge_client.power.phases import ENCODE, REPLAY, WAIT, Stopwatch
 from edge_client.shard import Shard
 from edge_client.zo_step import Activation, PhaseClock, derivatives, zo_step
 from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream, batch_indices
+from wire_protocol.energy import RunEnergy
 from wire_protocol.errors import HeaderError
 from wire_protocol.frames import Frame, FrameKind, encode_frame
 from wire_protocol.manifest import prepare_inputs, sha256
@@ -40,8 +42,12 @@ class Trainer:
         shard: Shard,
         read_clock_s: Callable[[], float],
         shared: Shared | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
-        """`shared`: what a simulated device does not have for itself."""
+        """`shared`: what a simulated device does not have for itself.
+
+        `stopwatch`: of the program around, on the same clock.
+        """
         self.welcome = welcome
         rule = ClientRule(welcome.optimiser, welcome.momentum, welcome.beta2)
         self._client = (
@@ -53,7 +59,8 @@ class Trainer:
         self._shard = shard
         self._generator = DirectionGenerator() if shared is None else shared.generator
         self._read_clock_s = read_clock_s
-        self._clock = PhaseClock(read_clock_s)
+        self._stopwatch = Stopwatch(read_clock_s) if stopwatch is None else stopwatch
+        self._clock = PhaseClock(read_clock_s, stopwatch=self._stopwatch)
         self._measured_round: int | None = None
         self._sent_s = 0.0
 
@@ -70,7 +77,7 @@ class Trainer:
     def steps(self, epoch: int) -> Iterator[bytes | None]:
         """Compute round `next_round`: frames to send as they are ready, None between directions."""
         welcome, number = self.welcome, self.next_round
-        self._clock = PhaseClock(self._read_clock_s)
+        self._clock = self._new_clock()
         self._measured_round = number
         xs, labels = self._batch()
         self._session.start_round(number)
@@ -84,7 +91,7 @@ class Trainer:
                 yield None
                 self._session.go_on()
                 continue
-            begin_s = self._read_clock_s()
+            begin_s = self._stopwatch.enter(ENCODE)
             first = isinstance(part, Activation)
             frame = Frame(
                 FrameKind.ACTIVATION if first else FrameKind.DIFFERENCES,
@@ -93,7 +100,8 @@ class Trainer:
             )  # fmt: skip
             with self._session.other_work():
                 payload = encode_frame(frame, compressed=welcome.compression == "zstd")
-            self._sent_s = self._clock.lap("encode_s", begin_s)
+            self._sent_s = self._stopwatch.enter(WAIT)
+            self._clock.encode_s += self._sent_s - begin_s
             yield payload
             self._session.go_on()
 
@@ -117,7 +125,7 @@ class Trainer:
         """
         welcome, number = self.welcome, self.next_round
         if self._measured_round != number:
-            self._clock = PhaseClock(self._read_clock_s)
+            self._clock = self._new_clock()
             self._measured_round = number
         self._session.begin()
         scalars: list[float] = []
@@ -133,6 +141,9 @@ class Trainer:
         with np.errstate(over="ignore"):  # the server refuses what is not finite
             payload = np.asarray(scalars, "<f4").tobytes()
         yield Derivatives(welcome.run, epoch, number, payload)
+
+    def _new_clock(self) -> PhaseClock:
+        return PhaseClock(self._read_clock_s, stopwatch=self._stopwatch)
 
     @property
     def _origin(self) -> DirectionId:
@@ -157,13 +168,13 @@ class Trainer:
         When the commit names a digest that the weights do not have, they start over from the
         bundle: `next_round` is 0 then, and the caller asks for what is missing. Raises BundleError.
         """
-        begin_s = self._read_clock_s()
+        begin_s = self._stopwatch.enter(REPLAY)
         with self._session.other_work():
             self._client.apply(commit, self.welcome.run_seed, self.welcome.lam, self._generator)
         self.next_round = commit.round + 1
         if commit.client_sha256 and sha256(self.state) != commit.client_sha256:
             self.start_over()
-        return self._read_clock_s() - begin_s
+        return self._stopwatch.enter(WAIT) - begin_s
 
     def start_over(self) -> None:
         """Back to the bundle's weights and round 0."""
@@ -187,14 +198,15 @@ class Trainer:
 
     def report(
         self, epoch: int, round_number: int, started_unix_s: float, replay_s: float, *,
-        stream: tuple[int, int], bundle: tuple[int, int], rss: tuple[int, int],
+        stream: tuple[int, int], bundle: tuple[int, int], rss: tuple[int, int], energy: RunEnergy,
     ) -> Report:  # fmt: skip
         """What the round cost; byte pairs are (up, down), rss is (now, peak) in bytes.
 
-        Phases are zero when this device did not compute the round.
+        `energy` is that of the run so far. Phases are zero when this device did not compute the
+        round.
         """
         took_part = self._measured_round == round_number
-        clock = self._clock if took_part else PhaseClock(self._read_clock_s)
+        clock = self._clock if took_part else self._new_clock()
         wait_s = max(0.0, self._read_clock_s() - replay_s - self._sent_s) if took_part else 0.0
         return Report(
             run=self.welcome.run, epoch=epoch, round=round_number,
@@ -203,5 +215,5 @@ class Trainer:
             wait_s=wait_s, replay_s=replay_s,
             bytes_up=stream[0], bytes_down=stream[1],
             bundle_bytes_up=bundle[0], bundle_bytes_down=bundle[1],
-            rss_bytes=rss[0], peak_rss_bytes=rss[1],
+            rss_bytes=rss[0], peak_rss_bytes=rss[1], energy=energy,
         )  # fmt: skip

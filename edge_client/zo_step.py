@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_client.power.phases import FORWARD, PERTURB, WAIT, Stopwatch
 from wire_protocol.directions import DirectionGenerator, DirectionId
 
 # Differences are sent in groups of about this size: the server measures while we go on.
@@ -50,18 +51,17 @@ class Differences(NamedTuple):
 
 @dataclass
 class PhaseClock:
-    """Seconds spent by phase in one round."""
+    """Seconds spent by phase in one round; `stopwatch` is the whole program's, if there is one."""
 
     read_s: Callable[[], float]
     perturb_s: float = 0.0
     forward_s: float = 0.0
     encode_s: float = 0.0
+    stopwatch: Stopwatch | None = None
 
-    def lap(self, phase: str, since_s: float) -> float:
-        """Add the time since `since_s` to a phase; returns now."""
-        now_s = self.read_s()
-        setattr(self, phase, getattr(self, phase) + now_s - since_s)
-        return now_s
+    def enter(self, phase: str) -> float:
+        """Begin a phase; returns now."""
+        return self.read_s() if self.stopwatch is None else self.stopwatch.enter(phase)
 
 
 def zo_step(
@@ -80,11 +80,12 @@ def zo_step(
 
     theta (d_c,), xs[input] (batch, *input shape); `origin` is the direction at k = 0.
     """
-    now_s = clock.read_s()
+    begin_s = clock.enter(PERTURB)
     np.copyto(session.parameters, theta)
-    now_s = clock.lap("perturb_s", now_s)
+    turn_s = clock.enter(FORWARD)
     activation = session.forward(xs)
-    clock.lap("forward_s", now_s)
+    clock.forward_s += clock.enter(WAIT) - turn_s
+    clock.perturb_s += turn_s - begin_s
     yield Activation(activation)
     group = max(1, min(directions, GROUP_BYTES // max(1, activation.nbytes)))
     differences = np.empty((group, *activation.shape), np.float32)
@@ -126,17 +127,17 @@ def _difference(
     lam: float, generator: DirectionGenerator, clock: PhaseClock, out: Vector,
 ) -> None:  # fmt: skip
     """Out = f(theta + lam u) - f(theta - lam u); the signs of u are drawn once for both."""
-    begin_s = clock.read_s()
+    begin_s = clock.enter(PERTURB)
     octets = generator.signs_packed(direction, theta.shape[0])
     generator.add_packed(octets, lam, theta, session.parameters)
-    plus_s = clock.read_s()
+    plus_s = clock.enter(FORWARD)
     plus = session.forward(xs)
-    turn_s = clock.read_s()
+    turn_s = clock.enter(PERTURB)
     generator.add_packed(octets, -lam, theta, session.parameters)
-    minus_s = clock.read_s()
+    minus_s = clock.enter(FORWARD)
     minus = session.forward(xs)
     assert minus is not plus  # see Forward
     np.subtract(plus, minus, out=out)
-    end_s = clock.read_s()
+    end_s = clock.enter(WAIT)
     clock.perturb_s += plus_s - begin_s + minus_s - turn_s
     clock.forward_s += turn_s - plus_s + end_s - minus_s

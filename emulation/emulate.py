@@ -202,6 +202,7 @@ class _Emulation:
             "--fleet", self._config.run.fleet, "--data", str(folder / "shards" / shard_name(index)),
             "--state", str(folder / "devices" / name),
             "--packet-limit", str(self._config.wire.packet_limit),
+            "--meter", "model",  # this machine's meter would count all devices in each
         )  # fmt: skip
         return Supervised(self._group, name, self._logs / f"{name}.log", lambda: command)
 

@@ -9,22 +9,18 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from emulation.fleet import EmulatedDevice
-from firmware_profiles.schema import Profile
 from server_node.config import Config
 from server_node.recorder import read_reports
-from wire_protocol.energy import EnergyModelled
+from wire_protocol.energy import ModelledByPhase
 
 TURNS_FOLDER: Final = "turns"
-# Bounds of the model, of the value: boards of one kind, supplies and loads differ by as much.
-_UNCERTAINTY: Final = 0.4
 
 
 class Spent(NamedTuple):
-    """Seconds of one device in one run."""
+    """What the reports say of one device in one run."""
 
     steps_s: list[float]  # perturbing and forwards of a round
-    busy_s: float  # the same, encoding and replaying, of all rounds
-    wait_s: float
+    energy: dict[int, ModelledByPhase]  # so far, of each of its sessions
 
 
 def emulated_rows(
@@ -45,25 +41,10 @@ def emulated_rows(
             **msgspec.to_builtins(device.link),
             "delay_s": device.delay.mean_s,
             "slow_motion": device.slow_motion,
-            **(_energy(device, spent[index]) if index in spent else {}),
+            **(_energy(spent[index]) if index in spent else {}),
         }
         for index, device in enumerate(fleet)
     ]
-
-
-def modelled(profile: Profile, busy_s: float, wait_s: float) -> EnergyModelled:
-    """Idle power all the time, and the difference to load while the processor is busy."""
-    idle, load = profile.power.idle, profile.power.load
-    joules = idle.value_w * (busy_s + wait_s) + (load.value_w - idle.value_w) * busy_s
-    return EnergyModelled(
-        modelled_j=joules,
-        modelled_low_j=(1.0 - _UNCERTAINTY) * joules,
-        modelled_high_j=(1.0 + _UNCERTAINTY) * joules,
-        window_s=busy_s + wait_s,
-        boundary=idle.boundary,
-        model=f"{idle.value_w:g} W idle, {load.value_w:g} W busy; +-{100 * _UNCERTAINTY:.0f} %",
-        source=f"profile {profile.name}: {load.confidence}",
-    )
 
 
 def late_steps(rows: list[dict[str, Any]], tolerance: float = 0.1) -> str:
@@ -86,13 +67,12 @@ def _spent(folder: Path) -> dict[int, Spent]:
     found: dict[int, Spent] = {}
     for row in read_reports(folder):
         report = row.report
+        spent = found.setdefault(row.device, Spent([], {}))
         if report.started_unix_s:
-            step_s, other_s = report.perturb_s + report.forward_s, report.encode_s + report.replay_s
-            steps_s, busy_s, wait_s = found.get(row.device, Spent([], 0.0, 0.0))
-            found[row.device] = Spent(
-                [*steps_s, step_s], busy_s + step_s + other_s, wait_s + report.wait_s
-            )
-    return found
+            spent.steps_s.append(report.perturb_s + report.forward_s)
+        if isinstance(report.energy, ModelledByPhase):
+            spent.energy[report.epoch] = report.energy
+    return {device: spent for device, spent in found.items() if spent.steps_s}
 
 
 def _asked_s(device: EmulatedDevice, folder: Path, config: Config, digest: str) -> float | None:
@@ -105,14 +85,10 @@ def _asked_s(device: EmulatedDevice, folder: Path, config: Config, digest: str) 
     return None if forward_s is None else (2 * directions + 1) * forward_s
 
 
-def _energy(device: EmulatedDevice, spent: Spent) -> dict[str, Any]:
-    """As on the board: not in slow motion."""
-    wait_s = spent.wait_s + device.delay.mean_s * len(spent.steps_s)
-    slow = device.slow_motion
-    fields = msgspec.to_builtins(modelled(device.profile, spent.busy_s / slow, wait_s / slow))
+def _energy(spent: Spent) -> dict[str, float]:
+    """The sums over the device's sessions; docs/energy.md tells the model."""
+    sessions = spent.energy.values()
     return {
-        "modelled_j": fields["modelled_j"], "modelled_low_j": fields["modelled_low_j"],
-        "modelled_high_j": fields["modelled_high_j"], "modelled_window_s": fields["window_s"],
-        "modelled_boundary": fields["boundary"], "modelled_by": fields["model"],
-        "modelled_source": fields["source"],
-    }  # fmt: skip
+        name: sum(getattr(energy, name) for energy in sessions)
+        for name in ("modelled_j", "modelled_low_j", "modelled_high_j")
+    }

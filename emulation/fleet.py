@@ -78,7 +78,8 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
         ]
         return StandIn(
             self.profile.name, self.ratio, self.profile.runtime.threads, self.host_threads,
-            str(turns), calibrated, self.delay,
+            str(turns), calibrated, self.delay, self.profile.power, self.profile.cpu.cores,
+            self.slow_motion,
         )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def overload(devices: list[EmulatedDevice]) -> str:
 
     A device computes for 1 / ratio of its time, unless it waits.
     """
-    wanted, cores = sum(1.0 / device.ratio for device in devices), os.cpu_count() or 1
+    wanted, cores = sum(min(1.0, 1.0 / device.ratio) for device in devices), os.cpu_count() or 1
     if wanted <= cores:
         return ""
     return (
@@ -150,7 +151,7 @@ def _device(
         loss=entry.loss,
     )
     delay = Delay(entry.delay_s * slow_motion, entry.delay, entry.spread)
-    return EmulatedDevice(profile, shape, max(1.0, ratio), host.runtime.threads, delay, slow_motion)
+    return EmulatedDevice(profile, shape, ratio, host.runtime.threads, delay, slow_motion)
 
 
 def _or(given: float | None, otherwise: float) -> float:

@@ -64,17 +64,18 @@ class Way:
         self.free_s = max(now_s, self.free_s) + 8.0 * size_bytes / self._bits_s
         arrives_s = self.free_s + self._latency_s
         if self._loss:
-            arrives_s = max(arrives_s, self._arrived_s)
-            for _ in range(-(-size_bytes // _SEGMENT_BYTES)):
-                arrives_s += self._held_up_s()
+            segments = -(-size_bytes // _SEGMENT_BYTES)
+            held_s = max(self._held_up_s() for _ in range(segments))
+            arrives_s = max(self.free_s + self._latency_s + held_s, self._arrived_s)
         self._arrived_s = arrives_s
         return arrives_s
 
     def _held_up_s(self) -> float:
-        """By one segment, which may be lost and lost again."""
+        """How much later one segment comes, which may be lost and lost again."""
         held_s, timeout_s, again_s = 0.0, _SHORTEST_TIMEOUT_S, 2.0 * self._latency_s
         while self._rng.random() < self._loss:
-            held_s += again_s + 8.0 * _SEGMENT_BYTES / self._bits_s
+            self.free_s += 8.0 * _SEGMENT_BYTES / self._bits_s
+            held_s += again_s
             again_s, timeout_s = timeout_s, 2.0 * timeout_s
         return held_s
 

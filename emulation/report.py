@@ -191,6 +191,8 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
         ("MB down", _megabytes(summary["bytes_down"]), _megabytes(summary["control_bytes_down"])),
         ("bytes up per client-round", f"{summary['bytes_up_per_client_round']:.0f}", ""),
         ("bundle transfer, MB", _megabytes(summary["bundle_bytes_down"]), ""),
+        ("energy measured, J", _joules(summary, "measured"), ""),
+        ("energy modelled, J", _joules(summary, "modelled"), ""),
         ("server steps", str(summary["server_steps"]), ""),
         ("server busy while waiting, s", _number(summary["server_busy_while_waiting_s"]), ""),
         ("guards: steps rejected", str(summary["guard_rejected"]), ""),
@@ -215,6 +217,15 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
         f"seed {summary['seed']}\nrun folder: {folder}\ncheck it:   musplit replay {folder}",
         soft_wrap=True,
     )
+
+
+def _joules(summary: dict[str, Any], word: str) -> str:
+    """With its bounds; the reason for no figure stands in the summary."""
+    value = summary[f"{word}_energy_j"]
+    if value is None:
+        return f"not {word}"
+    low, high = summary[f"{word}_energy_low_j"], summary[f"{word}_energy_high_j"]
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _percent(value: float | None) -> str:

@@ -27,6 +27,7 @@ from server_node.errors import FrameFaultError
 from server_node.prepare import Experiment, open_run
 from server_node.run import Run
 from wire_protocol.directions import DirectionGenerator
+from wire_protocol.energy import NoEnergy
 from wire_protocol.frames import Frame, FrameKind, decode_frame, encode_frame
 from wire_protocol.manifest import sha256
 from wire_protocol.messages import (
@@ -385,5 +386,5 @@ def _typical_report(run: int) -> Report:
         run=run, epoch=1 << 40, round=1 << 10, started_unix_s=0.5, perturb_s=0.5, forward_s=0.5,
         encode_s=0.5, wait_s=0.5, replay_s=0.5, bytes_up=1 << 20, bytes_down=1 << 20,
         bundle_bytes_up=1 << 10, bundle_bytes_down=1 << 17, rss_bytes=1 << 26,
-        peak_rss_bytes=1 << 26,
+        peak_rss_bytes=1 << 26, energy=NoEnergy("virtual"),
     )  # fmt: skip

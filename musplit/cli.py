@@ -13,6 +13,7 @@ import click
 from musplit.doctor import doctor
 from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
+from musplit.power import power
 from musplit.profiles import profiles
 from musplit.stem import stem
 from musplit.support import (
@@ -260,6 +261,15 @@ def shard(
 @click.option("--stand-in", type=click.Path(path_type=Path), metavar="FILE",
               help="Take as long as another board; musplit emulate --fleet writes FILE."
               )  # fmt: skip
+@click.option("--profile", metavar="NAME|FILE",
+              help="This board's profile: its sensors and its model.  [default: as it looks]"
+              )  # fmt: skip
+@click.option("--meter", default="auto", show_default=True, metavar="KIND[:..]",
+              help="Power meter; docs/energy.md lists the kinds. model: none.")  # fmt: skip
+@click.option("--meter-hz", type=FiniteRange(0, 1000, min_open=True), metavar="HZ",
+              help="Readings per second.  [default: 10; plugs 1]")  # fmt: skip
+@click.option("--require-measured", is_flag=True,
+              help="End with code 8 unless the energy is measured.")  # fmt: skip
 @click.option("--wait-s", default=600.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when the server is silent for this long.")  # fmt: skip
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
@@ -269,7 +279,9 @@ def shard(
 def device(
     device_id: str, broker: str, identity: Path | None, insecure: bool, connect_s: float,
     data: Path, fleet: str, bundle: Path | None, state: Path | None, threads: int, speed: float,
-    delay_s: float, stand_in: Path | None, wait_s: float, offline_s: float, packet_limit: int,
+    delay_s: float, stand_in: Path | None, profile: str | None, meter: str,
+    meter_hz: float | None, require_measured: bool, wait_s: float, offline_s: float,
+    packet_limit: int,
 ) -> None:  # fmt: skip
     """Take part in a run as one device: forward passes only, no torch.
 
@@ -281,21 +293,31 @@ def device(
     """
     with guarded():
         from edge_client.agent import AgentSettings
+        from edge_client.power.choose import EnergyChoice
+        from edge_client.power.find import MeterOptions
         from edge_client.program import run_device
         from edge_client.stand_in import read_stand_in
+        from firmware_profiles.catalogue import load_profile
         from wire_protocol.tls import tls_for
 
         if stand_in is not None and (speed != 1.0 or delay_s):
             fail("--stand-in: holds the speed and the delay; leave out --speed and --delay-s", 2)
+        other = read_stand_in(stand_in) if stand_in is not None else None
+        choice = EnergyChoice(
+            MeterOptions(meter, meter_hz), load_profile(profile) if profile else None,
+            other.energy_model() if other else None,
+            require_measured=require_measured,
+        )  # fmt: skip
         settings = AgentSettings(
-            device_id, fleet, threads=threads, speed=speed, delay_s=delay_s,
-            stand_in=read_stand_in(stand_in) if stand_in is not None else None, bundle=bundle,
-            wait_s=wait_s, offline_s=offline_s, identity=identity,
+            device_id, fleet, threads=threads, speed=speed, delay_s=delay_s, stand_in=other,
+            bundle=bundle, wait_s=wait_s, offline_s=offline_s, identity=identity,
         )  # fmt: skip
         folder = state or Path("musplit-state") / device_id
         address = parse_address(broker, tls=identity is not None)
         tls = tls_for(address, identity, insecure=insecure)
-        run_device(settings, address, tls, data, folder, connect_s, packet_limit, say)
+        run_device(
+            settings, address, tls, data, folder, connect_s, packet_limit, say, choice
+        )  # fmt: skip
 
 
 @main.command()
@@ -305,10 +327,13 @@ def device(
               help="Run folder.  [default: runs/NAME-TIME]")  # fmt: skip
 @set_option
 @resume_option
+@click.option("--require-measured", is_flag=True,
+              help="End with code 8 unless every device measured its energy.")  # fmt: skip
 @format_option
 def serve(
     config: Path | None, broker: str, identity: Path | None, insecure: bool, connect_s: float,
-    out: Path | None, overrides: tuple[str, ...], resume: Path | None, output: str,
+    out: Path | None, overrides: tuple[str, ...], resume: Path | None, require_measured: bool,
+    output: str,
 ) -> None:  # fmt: skip
     """Run an experiment as its server: export, wait for the devices, train, run the control.
 
@@ -332,14 +357,16 @@ def serve(
         if resume is not None:
             check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
             with redirect_stdout(sys.stderr):
-                resume_server(resume, access, notify)
+                summary = resume_server(resume, access, notify)
         elif config is None:
             fail("give CONFIG, or --resume RUN", 2)
         else:
             checked = load_config(config, list(overrides))
             folder = out or run_folder(config)
             with redirect_stdout(sys.stderr):  # events go where stdout was
-                run_server(checked, access, folder, notify)
+                summary = run_server(checked, access, folder, notify)
+        if require_measured and summary["measured_energy_j"] is None:
+            fail(summary["measured_energy_reason"], 8)
 
 
 @main.command()
@@ -414,7 +441,7 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     sys.exit(1 if result.matches is False or not whole else 0)
 
 
-for _command in (doctor, emulate, simulate, study, plan, stem, warmup, profiles):
+for _command in (doctor, emulate, simulate, study, plan, stem, warmup, power, profiles):
     main.add_command(_command)
 main.add_command(ca)
 main.add_command(enroll_device, "enroll")

@@ -16,7 +16,7 @@ _MARKS = {"ok": "ok", "warning": "WARNING", "error": "ERROR"}
 
 @click.command()
 @click.option("--profile", "profile_name", metavar="PROFILE",
-              help="Compare with this board's profile: its name, or a file.")  # fmt: skip
+              help="Compare with this profile, by name or file; on a board by default its own.")  # fmt: skip
 @click.option("--broker", metavar="HOST[:PORT]",
               help="Connect to this broker; port 1883 if none, 8883 with --identity.")  # fmt: skip
 @click.option("--identity", type=click.Path(path_type=Path), metavar="DIR",
@@ -46,10 +46,15 @@ def doctor(
     with guarded():
         from edge_client.doctor.diagnose import Questions, diagnose
         from edge_client.doctor.findings import ERRORS_FOUND, Board, Finding
+        from edge_client.power.choose import profile_here
         from firmware_profiles.catalogue import load_profile
         from wire_protocol.tls import TlsFiles, tls_for
 
-        profile = load_profile(profile_name) if profile_name else None
+        here = profile_here()
+        if profile_name:
+            profile = load_profile(profile_name)
+        else:  # what holds for every laptop says nothing of this one
+            profile = here if here is not None and here.kind != "laptop" else None
         address = parse_address(broker, tls=identity is not None) if broker else None
         if address is not None:
             tls_for(address, identity, insecure=insecure)

@@ -41,11 +41,14 @@ from musplit.support import (
 @click.option("--junit", type=click.Path(path_type=Path),
               help="Write the requirements as a JUnit report.")  # fmt: skip
 @resume_option
+@click.option("--require-measured", is_flag=True,
+              help="End with code 8: emulated devices never measure energy.")  # fmt: skip
 @format_option
 def emulate(
     config: Path | None, data: str | None, overrides: tuple[str, ...], rounds: int | None,
     clients: int | None, seed: int | None, fleet: str | None, quick: bool, out: Path | None,
-    required: tuple[str, ...], junit: Path | None, resume: Path | None, output: str,
+    required: tuple[str, ...], junit: Path | None, resume: Path | None,
+    require_measured: bool, output: str,
 ) -> None:  # fmt: skip
     """Run broker, server and devices as processes on this machine, and stop them all.
 
@@ -60,9 +63,16 @@ def emulate(
     musplit emulate --require 'accuracy>=0.9' --junit report.xml
     musplit emulate --resume runs/digits-20260101-120000
     """
+    if require_measured:
+        fail(
+            "energy is not measured here: emulated devices stand for boards, and their energy is "
+            "modelled; leave out --require-measured, or run boards with musplit serve", 8
+        )  # fmt: skip
     with guarded():
         from musplit.emulation import run_emulation
 
+        if fleet is not None and clients is not None:
+            fail("--clients: the fleet file says how many devices there are; leave it out", 2)
         path = config or default_config()
         shorthand = {"data.source": data, "run.rounds": rounds, "devices.count": clients,
                      "run.seed": seed, "emulation.fleet": fleet}  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from server_node.actions import CloseRound, Outcome, Step, Work
 from server_node.checkpoint import ANCHOR_FILE, Checkpoint, save_checkpoint
+from server_node.energy import spent
 from server_node.frames_log import (
     FramesWriter,
     StoredFrame,
@@ -58,6 +59,7 @@ class Ledger:
     ) -> None:  # fmt: skip
         self.folder = folder
         self.traffic = past.traffic()
+        self.energies = past.energies()
         self.server_steps: int = past.total("server_steps")
         self.busy_s: float = past.total("server_busy_s")
         self.busy_waiting_s: float = past.total("server_busy_while_waiting_s")
@@ -111,9 +113,10 @@ class Ledger:
             return
         self._reported[index] = report.epoch, report.round
         self.traffic.add(index, report)
+        before = self.energies.add(index, device_id, report)
         self._recorder.device(DeviceReport(device_id, index, report))
         if self._trace is not None:
-            self._trace.device_round(index, device_id, report)
+            self._trace.device_round(index, device_id, report, spent(before, report.energy))
 
     def arrived(self, device: int, frame: Frame, at_s: float) -> None:
         """A frame that fits the run came in."""
@@ -181,6 +184,7 @@ class Ledger:
                 traffic = self.traffic.totals()
                 row.accuracy, row.loss = last.accuracy, last.loss
                 row.bytes_up, row.bytes_down = traffic["bytes_up"], traffic["bytes_down"]
+                row.measured_energy_j, row.modelled_energy_j = self.energies.so_far()
             self._recorder.round(row)
         self._recorded = len(rounds)
 
@@ -190,7 +194,7 @@ class Ledger:
     ) -> dict[str, Any]:  # fmt: skip
         """Record the metrics of a round; returns the row."""
         steps, busy_s, waiting_s = self._mark
-        traffic = self.traffic.totals()
+        traffic, energy = self.traffic.totals(), self.energies.so_far()
         metrics = RoundMetrics(
             round=closed.round, accuracy=scores.accuracy if scores else None,
             loss=scores.loss if scores else None, contributions=len(closed.contributions),
@@ -201,6 +205,7 @@ class Ledger:
             server_busy_s=self.busy_s - busy_s,
             server_busy_while_waiting_s=self.busy_waiting_s - waiting_s,
             bytes_up=traffic["bytes_up"], bytes_down=traffic["bytes_down"],
+            measured_energy_j=energy.measured, modelled_energy_j=energy.modelled,
             pooled_loss=guarded.pooled_loss, guard_rejected=guarded.rejected,
             guard_clipped=guarded.clipped, fraction_server=guarded.fraction_server,
             fraction_client=guarded.fraction_client, factor_client=guarded.factor_client,

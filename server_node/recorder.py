@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from server_node.energy import Energies
 from server_node.journal import RoundClosed
+from wire_protocol.energy import MeasuredByPhase, ModelledByPhase
 from wire_protocol.messages import Report
 
 
@@ -39,6 +41,8 @@ class RoundMetrics:
     server_busy_while_waiting_s: float | None
     bytes_up: int | None  # cumulative over the run, as reported so far
     bytes_down: int | None
+    measured_energy_j: float | None  # likewise; None: docs/energy.md, and summary.json says why
+    modelled_energy_j: float | None
     pooled_loss: float | None
     guard_rejected: int | None
     guard_clipped: int | None
@@ -56,6 +60,13 @@ class DeviceReport(NamedTuple):
     report: Report
 
 
+# Of devices.csv, from a report's `energy`, which devices.jsonl has as it is.
+ENERGY_COLUMNS = (
+    *(f.name for f in msgspec.structs.fields(MeasuredByPhase) if f.name != "origin"),
+    *(f.name for f in msgspec.structs.fields(ModelledByPhase)
+      if f.name.endswith(("_j", "model", "source"))),
+    "meter", "boundary", "reason",
+)  # fmt: skip
 _COUNTERS = ("bytes_up", "bytes_down", "bundle_bytes_up", "bundle_bytes_down")
 
 
@@ -94,6 +105,13 @@ class PastMetrics(NamedTuple):
         for report in self.reports:
             traffic.add(report.device, report.report)
         return traffic
+
+    def energies(self) -> Energies:
+        """The energies that the devices had reported."""
+        energies = Energies()
+        for report in self.reports:
+            energies.add(report.device, report.device_id, report.report)
+        return energies
 
 
 NOTHING_RECORDED = PastMetrics([], [])
@@ -162,8 +180,21 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row(report: DeviceReport) -> dict[str, Any]:
-    counts = msgspec.structs.asdict(report.report)
-    return {"device_id": report.device_id, "device": report.device, **counts}
+    fields = msgspec.to_builtins(report.report)
+    del fields["type"]
+    return {"device_id": report.device_id, "device": report.device, **fields}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without tables in it: a field of `energy` is a cell of its own."""
+    energy = row.get("energy")
+    if not isinstance(energy, dict):
+        return row
+    cells = {name: value for name, value in energy.items() if name in ENERGY_COLUMNS}
+    origin = energy.get("origin", energy)
+    cells |= {"energy": energy["type"], "meter": origin.get("meter"),
+              "boundary": origin.get("boundary")}  # fmt: skip
+    return {**row, **cells}
 
 
 class Table:
@@ -193,7 +224,7 @@ class Table:
         self._flush()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._csv.writerow(row)
+        self._csv.writerow(_flat(row))
         self._json_file.write(json.dumps(row) + "\n")
 
     def _flush(self) -> None:
@@ -215,8 +246,9 @@ class Recorder:
             folder, "rounds", [f.name for f in fields(RoundMetrics)], map(asdict, past.rounds)
         )
         self._devices = Table(
-            folder, "devices", ["device_id", "device", *report_columns], map(_row, past.reports)
-        )
+            folder, "devices", ["device_id", "device", *report_columns, *ENERGY_COLUMNS],
+            map(_row, past.reports),
+        )  # fmt: skip
 
     def round(self, metrics: RoundMetrics) -> dict[str, Any]:
         """Record a round; returns the row."""

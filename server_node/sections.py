@@ -159,6 +159,7 @@ class EvaluationSection(Section, frozen=True):
 
     every: AtLeast1 = 10
     control: bool = True
+    target: Annotated[float, Meta(ge=0, le=1)] = 0.0  # accuracy to count energy to; 0: none
 
 
 class EmulationSection(Section, frozen=True):

@@ -33,6 +33,7 @@ from server_node.summary import (
     result_of,
     result_of_past,
     summarise,
+    write_energies,
     write_summary,
 )
 from wire_protocol.allocator import keep_freed_memory
@@ -258,6 +259,7 @@ def _sum_up(
         "chunked": link.chunked if link is not None else None,
     }
     write_summary(folder, summary)
+    write_energies(folder, main.energies)
     plot_run(folder, f"{config.data.source}, {config.model.name}, tau {config.method.tau}")
     return summary
 

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from server_node.curvature import step_rule
+from server_node.energy import Energies, SoFar, Work, energy_fields
 from server_node.files import replace_file
 from server_node.guards import Guards
 from server_node.prepare import Experiment, open_half
-from server_node.recorder import read_metrics
+from server_node.recorder import read_metrics, read_rounds
 from server_node.resume import History
 from server_node.run import Run
 from server_node.torch_half import Scores
 from wire_protocol.manifest import sha256
 
 SUMMARY_FILE: Final = "summary.json"
+ENERGY_FILE: Final = "energy.json"
 
 
 class RunResult(NamedTuple):
@@ -33,6 +35,7 @@ class RunResult(NamedTuple):
     busy_waiting_s: float
     server_steps: int
     traffic: dict[str, int]
+    energies: Energies
     client_sha256: str
     server_sha256: str
     environment: dict[str, str]
@@ -46,6 +49,7 @@ def result_of(run: Run, seconds: float, resumed: int) -> RunResult:
         finished.outcome.value if finished else "interrupted", finished.detail if finished else "",
         run.scores, run.rounds_closed, run.contributions, resumed, ledger.past_s + seconds,
         ledger.busy_s, ledger.busy_waiting_s, ledger.server_steps, ledger.traffic.totals(),
+        ledger.energies,
         sha256(run.client_state), sha256(run.server), run.header.environment, run.guards,
     )  # fmt: skip
 
@@ -60,7 +64,8 @@ def result_of_past(experiment: Experiment, history: History) -> RunResult:
         past.ended, "", experiment.evaluator.scores(history.client.theta, half), len(past.rounds),
         sum(len(closed.shares) for closed in past.rounds), past.resumed, metrics.total("seconds"),
         metrics.total("server_busy_s"), metrics.total("server_busy_while_waiting_s"),
-        metrics.total("server_steps"), metrics.traffic().totals(), sha256(history.client.state),
+        metrics.total("server_steps"), metrics.traffic().totals(), metrics.energies(),
+        sha256(history.client.state),
         sha256(history.server), past.header.environment,
         Guards(experiment.config.guards, past.journal.records),
     )  # fmt: skip
@@ -107,6 +112,7 @@ def summarise(
         ),
         "control_bytes_up": None,
         "control_bytes_down": None,
+        **_energy(experiment, main),
         "client_rounds": main.contributions,
         "server_steps": main.server_steps,
         **_guarded(main.guards),
@@ -142,6 +148,20 @@ def summarise(
     return summary
 
 
+def _energy(experiment: Experiment, main: RunResult) -> dict[str, Any]:
+    """The energy of the run that learns; the control's is in its folder."""
+    config, target = experiment.config, experiment.config.evaluation.target
+    rows = list(read_rounds(experiment.folder))
+    reached = [row.round for row in rows if target and (row.accuracy or 0.0) >= target]
+    reason = f"accuracy {target:g} was not reached" if target else "evaluation.target is not set"
+    work = Work(
+        main.rounds, main.contributions * config.devices.batch, min(reached, default=None),
+        f"accuracy {target:g}" if reached else reason,
+    )  # fmt: skip
+    so_far = [SoFar(row.measured_energy_j, row.modelled_energy_j) for row in rows]
+    return {"target_accuracy": target or None, **energy_fields(main.energies, work, so_far)}
+
+
 def _guarded(guards: Guards) -> dict[str, int]:
     """How often guards intervened in the whole run."""
     totals = guards.totals
@@ -152,6 +172,12 @@ def _guarded(guards: Guards) -> dict[str, int]:
         "guard_rounds_client": totals["backtrack_client"] + totals["client_factor"],
         "guard_rounds_not_finite": totals["not_finite_server"] + totals["not_finite_client"],
     }
+
+
+def write_energies(folder: Path, energies: Energies) -> None:
+    """Write FOLDER/energy.json: what every session of every device has taken, by what."""
+    data = (json.dumps(energies.rows(), indent=2) + "\n").encode()
+    replace_file(folder / ENERGY_FILE, lambda file: file.write(data))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

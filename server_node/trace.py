@@ -67,8 +67,13 @@ class Trace:
              "ts": round(at_s * 1e6, 1), "args": args}
         )  # fmt: skip
 
-    def device_round(self, index: int, device_id: str, report: Report) -> None:
-        """A device's round by phase. The phases alternate in truth; here they are summed."""
+    def device_round(
+        self, index: int, device_id: str, report: Report, spent: dict[str, Any]
+    ) -> None:
+        """A device's round by phase. The phases alternate in truth; here they are summed.
+
+        `spent` are the joules since the report before, and the mean watts, if they are known.
+        """
         if index not in self._named:
             self._named.add(index)
             self._name("thread_name", DEVICES_PID, index + 1, device_id)
@@ -78,8 +83,15 @@ class Trace:
         for phase in ("perturb_s", "forward_s", "encode_s", "wait_s", "replay_s"):
             seconds = getattr(report, phase)
             name = phase.removesuffix("_s")
-            self.span(DEVICES_PID, index + 1, name, at_s, seconds, round=report.round)
+            joules = {key: value for key, value in spent.items() if key.startswith(f"{name}_")}
+            self.span(DEVICES_PID, index + 1, name, at_s, seconds, round=report.round, **joules)
             at_s += seconds
+        watts = {key: value for key, value in spent.items() if key.endswith("_w")}
+        if watts:
+            self._event(
+                {"ph": "C", "pid": DEVICES_PID, "name": f"power {device_id}",
+                 "ts": round(report.started_unix_s * 1e6, 1), "args": watts}
+            )  # fmt: skip
 
     def close(self) -> None:
         """Complete the array."""

@@ -156,7 +156,8 @@ FIELDS = {
     "fetch": "digest first count",
     "ready": "run epoch next_round",
     "report": "run epoch round started_unix_s perturb_s forward_s encode_s wait_s replay_s "
-    "bytes_up bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes",
+    "bytes_up bytes_down bundle_bytes_up bundle_bytes_down rss_bytes peak_rss_bytes "
+    "energy",
     "derivatives": "run epoch round scalars",
     "leave": "epoch reason",
     "hello": "",

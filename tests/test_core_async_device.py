@@ -8,6 +8,7 @@ from edge_client import commit_queue
 from edge_client.agent import Agent, AgentSettings
 from edge_client.bundle import read_bundle
 from edge_client.commit_queue import CommitQueue, own_round
+from edge_client.power.source import NoSource
 from edge_client.shard import Shard
 from edge_client.state import StateStore
 from server_node.prepare import prepare
@@ -80,7 +81,7 @@ def device(client, tmp_path):
         link = Script([welcome, *messages, End(1, True, "complete")])
         shard = Shard(tmp_path, [np.random.default_rng(0).random((20, 64))], np.arange(20) % 10, 0)
         settings = AgentSettings("d", "lab", bundle=client)
-        Agent(settings, 5, shard, store, link, lambda _: None).run()
+        Agent(settings, 5, shard, store, link, lambda _: None, NoSource("no meter")).run()
         store.close()
         return link.sent
 

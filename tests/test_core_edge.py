@@ -25,6 +25,7 @@ from wire_protocol.directions import (
     batch_indices,
     directions_digest,
 )
+from wire_protocol.energy import NoEnergy
 from wire_protocol.frames import FrameKind, decode_frame
 from wire_protocol.manifest import Transform, sha256
 from wire_protocol.messages import Commit, Entry, Welcome
@@ -264,7 +265,7 @@ def test_a_restored_trainer_sends_what_one_that_never_stopped_sends(trainer, bun
 
 def test_report_has_phases_for_the_round_that_was_computed_and_none_for_another(trainer):
     frames(trainer)
-    costs = {"stream": (10, 20), "bundle": (3, 4), "rss": (5, 6)}
+    costs = {"stream": (10, 20), "bundle": (3, 4), "rss": (5, 6), "energy": NoEnergy("no meter")}
     mine = trainer.report(5, 0, 123.0, 0.5, **costs)
     other = trainer.report(5, 1, 123.0, 0.5, **costs)
     assert mine.forward_s > 0

@@ -10,6 +10,7 @@ import pytest
 from core_support import tiny_config
 
 from edge_client.agent import Agent, AgentSettings
+from edge_client.power.source import NoSource
 from edge_client.shard import Shard
 from edge_client.state import StateStore, read_bundle
 from edge_client.trainer import Trainer
@@ -343,7 +344,7 @@ def answers(whole, tmp_path):
         stores.append(store)
         link = Script(*messages, End(1, True, "complete"))
         settings = AgentSettings("d", "lab", bundle=whole / "client")
-        Agent(settings, 5, shard, store, link, lambda _: None).run()
+        Agent(settings, 5, shard, store, link, lambda _: None, NoSource("no meter")).run()
         return link.sent
 
     def welcome(next_round):

@@ -6,6 +6,7 @@ from core_support import tiny_config
 
 from edge_client.agent import Agent, AgentSettings
 from edge_client.bundle import read_bundle
+from edge_client.power.source import NoSource
 from edge_client.shard import Shard
 from edge_client.state import StateStore
 from emulation.inprocess import InProcessFleet
@@ -82,7 +83,7 @@ def device(experiment, tmp_path):
         link = Script([first, *payloads, encode(End(1, True, "complete"))])
         store = StateStore(tmp_path / f"state-{np.random.default_rng().integers(1 << 60)}")
         settings = AgentSettings("d", "lab", bundle=folder)
-        Agent(settings, 5, shard, store, link, said.append).run()
+        Agent(settings, 5, shard, store, link, said.append, NoSource("no meter")).run()
         store.close()
         return link.sent, said
 

@@ -13,8 +13,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs, to_builtins
 
 from wire_protocol import messages as m
+from wire_protocol.energy import MeasuredByPhase, ModelledByPhase, NoEnergy, Origin
 from wire_protocol.errors import ChecksumError, MessageError, ProtocolError, TruncatedError
 
 Message = m.UpMessage | m.DownMessage
@@ -26,7 +28,21 @@ TOP_32 = (1 << 32) - 1
 REPORT = m.Report(
     run=1, epoch=2, round=3, started_unix_s=1.75e9, perturb_s=0.0, forward_s=0.25, encode_s=1e-9,
     wait_s=3600.5, replay_s=1.0, bytes_up=TOP, bytes_down=0, bundle_bytes_up=1, bundle_bytes_down=2,
-    rss_bytes=3, peak_rss_bytes=4,
+    rss_bytes=3, peak_rss_bytes=4, energy=NoEnergy("no power sensor found"),
+)  # fmt: skip
+ORIGIN = Origin(
+    meter="ina226", driver="hwmon ina226 1-0040", boundary="board-dc", reading="instant",
+    rate_hz=10.0, resolution_w=None, uncertainty_relative=0.015, uncertainty_source="data sheet",
+)  # fmt: skip
+MEASURED = MeasuredByPhase(
+    energy_j=21.0, perturb_energy_j=1.0, forward_energy_j=2.0, encode_energy_j=3.0,
+    radio_energy_j=4.0, replay_energy_j=5.0, wait_energy_j=6.0, idle_w=None, uncertainty_j=0.5,
+    window_s=10.0, samples=100, largest_gap_s=0.1, gap_s=0.1, origin=ORIGIN,
+)  # fmt: skip
+MODELLED = ModelledByPhase(
+    modelled_j=21.0, modelled_low_j=12.6, modelled_high_j=29.4, perturb_modelled_j=1.0,
+    forward_modelled_j=2.0, encode_modelled_j=3.0, radio_modelled_j=4.0, replay_modelled_j=5.0,
+    wait_modelled_j=6.0, window_s=10.0, boundary="wall-ac", model="idle 2.7 W", source="published",
 )  # fmt: skip
 WELCOME = m.Welcome(
     run=TOP, run_seed=TOP, epoch=TOP, device=TOP_32, manifest_sha256=DIGEST, manifest_bytes=1,
@@ -45,6 +61,8 @@ UP: list[Message] = [
     m.Fetch(digest=DIGEST, first=0, count=64),
     m.Ready(run=1, epoch=2, next_round=3),
     REPORT,
+    structs.replace(REPORT, energy=MEASURED),
+    structs.replace(REPORT, energy=MODELLED),
     m.Derivatives(run=1, epoch=2, round=3, scalars=b"\0\0\x80\x3f"),
     m.Leave(epoch=5, reason="x" * 400),
 ]
@@ -193,7 +211,7 @@ WRONG = {
     "digest with a line end": (UP[2], {"digest": DIGEST + "\n"}),
     "commit digest with a line end": (COMMIT, {"client_sha256": DIGEST + "\n"}),
     "commit digest of a line end alone": (COMMIT, {"client_sha256": "\n"}),
-    "reason too long": (UP[5], {"reason": "x" * 401}),
+    "reason too long": (UP[8], {"reason": "x" * 401}),
     "lam 0": (WELCOME, {"lam": 0.0}),
     "batch 0": (WELCOME, {"batch": 0}),
     "batch too large": (WELCOME, {"batch": 1 << 20}),
@@ -207,6 +225,26 @@ WRONG = {
     "entry with a broken float": (COMMIT, {"entries": [[0, 0.5, b"abc"]]}),
     "scalars with a broken float": (DOWN[6], {"scalars": b"abc"}),
     "final is no bool": (DOWN[10], {"final": 1}),
+    "energy of no kind": (REPORT, {"energy": {"type": "guessed", "energy_j": 1.0}}),
+    "energy without a reason": (REPORT, {"energy": {"type": "none"}}),
+    "negative joules": (REPORT, {"energy": to_builtins(MEASURED) | {"wait_energy_j": -1.0}}),
+    "joules that are no number": (
+        REPORT,
+        {"energy": to_builtins(MEASURED) | {"energy_j": math.nan}},
+    ),
+    "modelled joules among measured": (
+        REPORT,
+        {"energy": to_builtins(MEASURED) | {"modelled_j": 1.0}},
+    ),
+    "a boundary nobody knows": (REPORT, {"energy": to_builtins(MODELLED) | {"boundary": "moon"}}),
+    "an origin of a long name": (
+        REPORT,
+        {
+            "energy": to_builtins(
+                structs.replace(MEASURED, origin=structs.replace(ORIGIN, driver="x" * 201))
+            )
+        },
+    ),
 }
 
 

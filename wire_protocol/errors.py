@@ -7,6 +7,7 @@ MusplitError                 exit code 1
 |  |- QueueFullError         more messages wait for the broker than the link holds
 |- RefusedError              5  the other side said no, with its reason
 |- StalledError              6  nothing happened within a documented bound
+|- UnmeasuredError           8  measured energy was required, and is not there
 |- ProtocolError             3  bytes from the network are not what the protocol allows
    |- ChecksumError             the CRC-32 does not match
    |- TruncatedError            fewer bytes than the header promises
@@ -55,6 +56,12 @@ class StalledError(MusplitError):
     """Nothing happened within a documented bound."""
 
     exit_code = 6
+
+
+class UnmeasuredError(MusplitError):
+    """Measured energy was required, and is not there."""
+
+    exit_code = 8
 
 
 class ProtocolError(MusplitError):

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from wire_protocol.encodings import Compression, Encoding
+from wire_protocol.energy import RunEnergy
 from wire_protocol.errors import ChecksumError, MessageError, TruncatedError
 
 MAGIC: Final = b"MUSC"
@@ -91,6 +92,7 @@ class Report(_Message, frozen=True, tag="report"):
     bundle_bytes_down: U63
     rss_bytes: U63
     peak_rss_bytes: U63
+    energy: RunEnergy  # of the run so far, in this session
 
 
 class Derivatives(_Message, frozen=True, tag="derivatives"):

@@ -117,7 +117,8 @@ def power_channels(folder: Path) -> list[str]:
 
 def _channel(found: HwmonDevice, channel: str) -> list[tuple[Path, float]]:
     """The files whose product is the power, each with its unit in watts, volts or amperes."""
-    folder = found.folder
+    # The place behind the link names the device: another one that gets this number is not read.
+    folder = found.folder.resolve()
     channels = power_channels(folder)
     if channel and channel not in channels:
         raise MeterError(f"{found.name}: no {channel} that is connected; has {channels or 'none'}")

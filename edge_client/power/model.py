@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from edge_client.power.phases import COMPUTING, PHASES
-from firmware_profiles.schema import Profile
+from firmware_profiles.schema import Power
 from wire_protocol.energy import Boundary, EnergyModelled, ModelledByPhase
 
 BOUNDS: Final = 0.4
@@ -63,12 +63,12 @@ class BoardModel(NamedTuple):
         )
 
 
-def board_model(profile: Profile, threads: int) -> BoardModel:
-    """The model of a profile's board, on which `threads` cores compute."""
-    idle, load = profile.power.idle, profile.power.load
-    utilisation = min(1.0, threads / profile.cpu.cores)
+def board_model(board: str, power: Power, cores: int, threads: int) -> BoardModel:
+    """The model of a board by its profile's name, power and cores; `threads` of them compute."""
+    idle, load = power.idle, power.load
+    utilisation = min(1.0, threads / cores)
     source = f"idle: {idle.confidence}, {idle.source}; load: {load.confidence}, {load.source}"
     return BoardModel(
-        profile.name, idle.value_w, idle.value_w + (load.value_w - idle.value_w) * utilisation,
+        board, idle.value_w, idle.value_w + (load.value_w - idle.value_w) * utilisation,
         idle.boundary, source[:200],
     )  # fmt: skip

@@ -48,15 +48,15 @@ class RaplMeter:
             uncertainty_source="assumed: a model inside the processor on some generations",
         )
 
-    def read(self) -> Reading | None:
+    def read(self) -> Reading:
         """The mean power since the last call. Raises MeterError."""
         now_s, counters = self._counters()
         spent_uj = 0.0
         for domain, before, after in zip(self._domains, self._last_uj, counters, strict=True):
             spent_uj += after - before + (domain.range_uj if after < before else 0.0)
         seconds = now_s - self._last_s
-        if seconds <= 0:
-            return None
+        if spent_uj <= 0:  # the next reading is the mean since the last that counted
+            raise MeterError("rapl: the counters stand still")
         self._last_s, self._last_uj = now_s, counters
         return Reading(now_s, spent_uj * 1e-6 / seconds)
 

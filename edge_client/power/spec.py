@@ -10,9 +10,11 @@ from edge_client.errors import MeterError
 # Beside these: auto, model, none.
 FOUND_HERE: Final = ("pmic", "ina260", "ina226", "ina219", "ina3221", "rapl")
 GIVEN: Final = ("hwmon", "usb-csv", "bench-csv", "lines", "plug-http", "plug-mqtt")
+_COLUMNS: Final = {"time", "power", "voltage", "current", "volts"}
 _KEYS: Final = {
-    "usb-csv": {"time", "power", "voltage", "current", "volts"},
-    "bench-csv": {"time", "power", "voltage", "current", "volts"},
+    "usb-csv": _COLUMNS,
+    "bench-csv": _COLUMNS,
+    "recorded": _COLUMNS,
     "lines": {"baud"},
 }
 
@@ -33,13 +35,19 @@ def parse_spec(text: str) -> MeterSpec:
         raise MeterError(f"meter {text!r}: no such kind; write one of {', '.join(known)}")
     options: dict[str, str] = {}
     if kind in _KEYS:
-        argument, _, query = argument.partition("?")
-        options = dict(parse_qsl(query))
-        if unknown := set(options) - _KEYS[kind]:
-            raise MeterError(
-                f"meter {text!r}: unknown {', '.join(sorted(unknown))}; {kind} takes "
-                f"{', '.join(sorted(_KEYS[kind]))}"
-            )
+        argument, options = split_options(argument, kind)
     if kind in GIVEN and not argument:
         raise MeterError(f"meter {text!r}: {kind} needs an argument, {kind}:..; see docs/energy.md")
     return MeterSpec(kind, argument, options)
+
+
+def split_options(argument: str, kind: str) -> tuple[str, dict[str, str]]:
+    """ARGUMENT?KEY=VALUE&KEY=VALUE in its parts. Raises MeterError for a key that is none."""
+    place, _, query = argument.partition("?")
+    options = dict(parse_qsl(query))
+    if unknown := set(options) - _KEYS[kind]:
+        raise MeterError(
+            f"meter {argument!r}: unknown {', '.join(sorted(unknown))}; {kind} takes "
+            f"{', '.join(sorted(_KEYS[kind]))}"
+        )
+    return place, options
