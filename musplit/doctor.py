@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -44,22 +45,32 @@ def doctor(
     musplit doctor --profile rpi-4b --broker 192.168.1.10 --identity /var/lib/musplit/identity
     """
     with guarded():
-        from edge_client.doctor.diagnose import Questions, diagnose
+        from edge_client.doctor.diagnose import diagnose_system, probe
         from edge_client.doctor.findings import ERRORS_FOUND, Board, Finding
         from firmware_profiles.catalogue import load_profile
-        from wire_protocol.tls import TlsFiles, tls_for
+
+        findings: list[Finding] = []
+
+        def take(found: Iterable[Finding]) -> None:
+            for finding in found:
+                findings.append(finding)
+                if output == "text":
+                    _show(finding)
 
         profile = load_profile(profile_name) if profile_name else None
-        address = parse_address(broker, tls=identity is not None) if broker else None
-        if address is not None:
-            tls_for(address, identity, insecure=insecure)
-        tls = TlsFiles.in_folder(identity) if identity else None
-        asked = Questions(state, address, tls, url, fleet, connect_s)
-        findings: list[Finding] = []
-        for finding in diagnose(Board(profile=profile), asked):
-            findings.append(finding)
-            if output == "text":
-                _show(finding)
+        board = Board(profile=profile)
+        outcome = probe()
+        take(diagnose_system(board, outcome))
+        if outcome is None or outcome.imports_numpy:  # what follows needs it
+            from edge_client.doctor.surroundings import Questions, diagnose_surroundings
+            from wire_protocol.tls import TlsFiles, tls_for
+
+            address = parse_address(broker, tls=identity is not None) if broker else None
+            if address is not None:
+                tls_for(address, identity, insecure=insecure)
+            tls = TlsFiles.in_folder(identity) if identity else None
+            asked = Questions(state, address, tls, url, fleet, connect_s)
+            take(diagnose_surroundings(board, asked))
         levels = Counter(finding.level for finding in findings)
     if output == "json":
         print(json.dumps({

@@ -329,6 +329,16 @@ def test_a_runtime_that_dies_at_import_is_a_finding_not_a_death(tmp_path, body, 
     assert "disk" in child.stdout  # the checks after it
 
 
+def test_a_numpy_that_dies_is_a_finding_and_ends_the_checks(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "numpy.py").write_text("import os; os.kill(os.getpid(), 4)")
+    with Bench(tmp_path) as bench:
+        child = bench.run("doctor", env={"PYTHONPATH": _first(tmp_path / "broken")})
+    assert child.code == 1, child.stderr
+    assert "died of SIGILL (signal 4) at 'import numpy'" in child.stdout
+    assert "disk" not in child.stdout
+
+
 def test_beyond_loopback_the_command_wants_a_certificate_or_insecure(tmp_path):
     with Bench(tmp_path) as bench:
         child = bench.run("doctor", "--broker", "192.0.2.1")

@@ -1,80 +1,38 @@
-"""All checks in order. One that fails itself is a finding too."""
+"""All checks in order, in two parts. One that fails itself is a finding too.
+
+The first part imports no numpy: a wheel that crashes must kill the probe's child, not the doctor.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from edge_client.doctor.clock import check_clock, check_skew
 from edge_client.doctor.findings import Board, Finding, Findings, error
-from edge_client.doctor.power import check_power
-from edge_client.doctor.probe import probe_runtime
-from edge_client.doctor.resources import check_disk, check_memory
+from edge_client.doctor.probe import Outcome, probe_runtime
 from edge_client.doctor.runtime import check_runtime, installed_version
 from edge_client.doctor.system import check_system, this_system
-from wire_protocol.events import Address
-from wire_protocol.tls import TlsFiles
 
 # An import takes a second on a board, and half a minute under an emulator.
 _PROBE_LIMIT_S: Final = 180.0
 
 
-class Questions(NamedTuple):
-    """What to check beside the board itself; None: not asked."""
-
-    state: Path
-    broker: Address | None
-    tls: TlsFiles | None
-    url: str | None
-    fleet: str
-    connect_s: float
+def probe() -> Outcome | None:
+    """Run the probe, before anything starts a thread; None without onnxruntime."""
+    return None if installed_version() is None else probe_runtime(_PROBE_LIMIT_S)
 
 
-def diagnose(board: Board, asked: Questions) -> Iterator[Finding]:
-    """Every finding, as soon as it is known."""
+def diagnose_system(board: Board, outcome: Outcome | None) -> Iterator[Finding]:
+    """The system, and what the probe found."""
     system = this_system()
-    yield from _guarded("system", lambda: check_system(board, system))
-    installed = installed_version()
-    # Before anything that starts threads: the probe forks.
-    yield from _guarded(
-        "onnxruntime",
-        lambda: check_runtime(
-            board, system, installed,
-            None if installed is None else probe_runtime(_PROBE_LIMIT_S),
-        ),
-    )  # fmt: skip
-    yield from _guarded("memory", lambda: check_memory(board))
-    yield from _guarded("disk", lambda: check_disk(asked.state))
-    yield from _guarded("power", lambda: check_power(board))
-    yield from _guarded("clock", lambda: check_clock(board, time.time()))
-    tls = asked.tls
-    if asked.url is not None:
-        url, ca = asked.url, tls.ca if tls else None
-        yield from _guarded("clock-skew", lambda: check_skew(url, ca))
-    if tls is not None:
-        yield from _guarded("identity", lambda: _certificates(tls))
-    if asked.broker is not None:
-        yield from _guarded("broker", lambda: _broker(asked))
+    yield from guarded("system", lambda: check_system(board, system))
+    yield from guarded(
+        "onnxruntime", lambda: check_runtime(board, system, installed_version(), outcome)
+    )
 
 
-def _certificates(tls: TlsFiles) -> Findings:
-    from edge_client.doctor.certificates import check_certificates  # noqa: PLC0415 - cryptography
-
-    return check_certificates(tls, datetime.now(UTC))
-
-
-def _broker(asked: Questions) -> Findings:
-    # numpy comes along, which may be what crashes: the probe tells first.
-    from edge_client.doctor.network import Contact, check_broker  # noqa: PLC0415
-
-    assert asked.broker is not None
-    return check_broker(Contact(asked.broker, asked.tls, asked.fleet, asked.connect_s, asked.state))
-
-
-def _guarded(check: str, run: Callable[[], Findings]) -> Iterator[Finding]:
+def guarded(check: str, run: Callable[[], Findings]) -> Iterator[Finding]:
+    """The findings of `run`; an exception becomes one."""
     try:
         yield from run()
     except Exception as failure:  # noqa: BLE001 - a check that fails must not hide the others

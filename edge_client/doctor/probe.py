@@ -16,17 +16,24 @@ _MODEL: Final = Path(__file__).with_name("probe.onnx")
 _EXPECTED: Final = 80.61035
 _TOLERANCE: Final = 1e-3
 DONE: Final = "done"
+_START: Final = "start"
+_NUMPY: Final = "import numpy"
 
 
 class Outcome(NamedTuple):
     """How far the child came."""
 
-    stage: str  # what it was doing: "import numpy", .. or DONE
+    stage: str  # what it was doing: _START, _NUMPY, .. or DONE
     signal: int = 0  # the signal that ended it
     exit_code: int = 0
     timed_out: bool = False
     said: str = ""  # the exception, or the last line on stderr
     seconds: float = 0.0  # import and inference together
+
+    @property
+    def imports_numpy(self) -> bool:
+        """Whether numpy was imported without harm."""
+        return self.stage not in (_START, _NUMPY)
 
 
 def probe_runtime(limit_s: float) -> Outcome:
@@ -53,7 +60,7 @@ def probe_runtime(limit_s: float) -> Outcome:
 
 
 def _received(receiver: Connection[Any, Any]) -> tuple[str, str]:
-    stage, said = "start", ""
+    stage, said = _START, ""
     try:
         while True:
             stage, said = receiver.recv()
@@ -70,7 +77,7 @@ def _last_line(stream: IO[bytes]) -> str:
 def _child(sender: Connection[Any, Any], stderr: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(stderr, 2)
-    stage = "import numpy"
+    stage = _NUMPY
     try:
         sender.send((stage, ""))
         import numpy as np  # noqa: PLC0415 - it may crash, and then here
