@@ -6,6 +6,8 @@ import csv
 import json
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import msgspec
@@ -13,6 +15,7 @@ import psutil
 import pytest
 from bench_support import ORIGIN
 from click.testing import CliRunner
+from harness import ROOT
 
 from edge_client.bench import gpio
 from edge_client.bench.conditions import Conditions, read_conditions, throttled
@@ -257,3 +260,9 @@ def test_throttle_words():
     assert throttled("counter:2", "counter:2") is False
     assert throttled("counter:2", "counter:3") is True
     assert throttled(None, "counter:3") is None
+
+
+def test_who_measures_does_not_load_what_is_measured():
+    """A runtime that crashes at import ends the measured process, not the bench."""
+    code = "import sys, edge_client.bench.runner; sys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
