@@ -31,7 +31,8 @@ from unittest import mock
 import numpy as np
 
 from benchmarks.rows import Row, in_turns, ratio_row
-from emulation.broker import free_port, mosquitto_configuration, wait_for_broker
+from emulation.broker import free_port, wait_for_broker
+from identity.access import Listener, mosquitto_configuration
 from wire_protocol import frames
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.encodings import Encoding
@@ -286,7 +287,7 @@ def broker() -> Iterator[Address]:
     address = Address("127.0.0.1", free_port())
     with tempfile.TemporaryDirectory(prefix="musplit-bench-") as folder:
         configuration = Path(folder) / "mosquitto.conf"
-        configuration.write_text(mosquitto_configuration(address), encoding="utf-8")
+        configuration.write_text(mosquitto_configuration(Listener(*address)), encoding="utf-8")
         process = subprocess.Popen([_MOSQUITTO, "-c", str(configuration)])
         try:
             assert wait_for_broker(address, 10.0, lambda: process.poll() is None)

@@ -26,6 +26,7 @@ from edge_client.shard import Shard, check_shard
 from edge_client.stand_in import StandIn
 from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
+from identity.errors import UntrustedError
 from wire_protocol.directions import directions_digest
 from wire_protocol.energy import MeasuredByPhase, NoEnergy
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
@@ -77,6 +78,7 @@ class AgentSettings(NamedTuple):
     delay_s: float = 0.0
     stand_in: StandIn | None = None  # stands instead of speed and delay_s
     bundle: Path | None = None
+    identity: Path | None = None  # where signer.pub lies; without it bundles need no signature
     wait_s: float = 600.0  # for a server to answer the join
     offline_s: float = 300.0  # for a lost broker to come back
 
@@ -105,7 +107,7 @@ class Agent:
         self._metered = False  # the run's energy is being counted
         self.unmeasured = ""  # why a run's energy was not measured
         self._epoch = epoch
-        self._own_bundle = read_bundle(settings.bundle) if settings.bundle else None
+        self._own_bundle = _read_own(settings)
         self._welcome: Welcome | None = None
         self._trainer: Trainer | None = None
         self._fetch: BlobFetch | BundleFetch | None = None
@@ -231,6 +233,7 @@ class Agent:
                 "this build computes other directions than the server's: install the same musplit "
                 f"version on both (here {version('musplit')})"
             )
+        self._check_signature(welcome)
         if self._welcome is not None:  # the old run's server went away without an End
             self._forget_run()
         self._welcome = welcome
@@ -248,6 +251,15 @@ class Agent:
             digest, size_bytes = welcome.manifest_sha256, welcome.manifest_bytes
             self._request(self._store.fetch_bundle(digest, size_bytes))
 
+    def _check_signature(self, welcome: Welcome) -> None:
+        """Before anything of the bundle is fetched or run. Raises UntrustedError."""
+        if self._settings.identity is not None:
+            # Ten megabytes that a device without an identity does not pay.
+            from identity.signatures import check_bundle  # noqa: PLC0415
+
+            digest, signature = welcome.manifest_sha256, welcome.bundle_signature
+            check_bundle(self._settings.identity, digest, signature)
+
     def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
         """The server may be another start of it, which knows nothing of the open round."""
         self._acknowledged_round = None
@@ -263,6 +275,11 @@ class Agent:
         if fetch is None or not fetch.take(chunk):
             return
         self._fetched_s = time.monotonic()
+        if isinstance(fetch, BundleFetch) and fetch.altered and self._settings.identity:
+            raise UntrustedError(
+                f"bundle {self._welcome.manifest_sha256[:12] if self._welcome else ''} was altered "
+                "on its way: nothing of it is run; who else can write to this device's topic?"
+            )
         if not fetch.complete:
             self._request(fetch)
         elif isinstance(fetch, BundleFetch):
@@ -560,3 +577,15 @@ class Agent:
             self._store.save_weights(
                 SavedWeights(trainer.welcome.run, trainer.next_round, trainer.state)
             )
+
+
+def _read_own(settings: AgentSettings) -> Bundle | None:
+    """The bundle of --bundle. Raises BundleError, or UntrustedError where signatures count."""
+    if settings.bundle is None:
+        return None
+    try:
+        return read_bundle(settings.bundle)
+    except BundleError as error:
+        if settings.identity is None:
+            raise
+        raise UntrustedError(f"{error}; nothing of it is run") from error

@@ -11,23 +11,27 @@ from edge_client.power.choose import EnergyChoice, energy_source
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
-from wire_protocol.errors import UnmeasuredError
+from wire_protocol.errors import IdentityError, UnmeasuredError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import Leave, encode
-from wire_protocol.mqtt import Address, Link, Will
+from wire_protocol.mqtt import Address, Link, TlsFiles, Will
+from wire_protocol.tls import own_name
 from wire_protocol.topics import Topics, check_name
 
 
 def run_device(
-    settings: AgentSettings, address: Address, data: Path, state: Path, connect_s: float,
-    packet_limit: int, say: Callable[[str], None], choice: EnergyChoice,
+    settings: AgentSettings, address: Address, tls: TlsFiles | None, data: Path, state: Path,
+    connect_s: float, packet_limit: int, say: Callable[[str], None], choice: EnergyChoice,
 ) -> None:  # fmt: skip
     """Take part until the run ends. Raises a MusplitError; says goodbye in any case.
 
+    With `tls` the link is encrypted, and bundles have to be signed by the key that lies beside it.
     UnmeasuredError comes after the run: it counts, only its energy does not.
     """
     keep_freed_memory()
     check_name(settings.device_id, "device id")
+    if tls is not None:
+        _check_own(tls, settings.device_id)
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
     store = StateStore(state)
@@ -36,12 +40,13 @@ def run_device(
     link = Link(
         f"{settings.fleet}/{settings.device_id}", address,
         subscriptions=(topics.down(settings.device_id), topics.broadcast),
-        will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit,
+        will=will, max_payload_bytes=MAX_FRAME_BYTES, packet_limit=packet_limit, tls=tls,
     )  # fmt: skip
     energy = energy_source(choice, settings.threads, say)
     try:
         link.open(connect_s)
-        say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}")
+        how = " over TLS 1.3" if tls is not None else ""
+        say(f"{settings.device_id}: connected to {address} by MQTT {link.protocol}{how}")
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             say(f"packets of at most {link.packet_limit} bytes: larger messages go in parts")
         agent = Agent(settings, epoch, shard, store, link, say, energy)
@@ -58,3 +63,13 @@ def run_device(
     finally:
         energy.close()
         store.close()
+
+
+def _check_own(tls: TlsFiles, device_id: str) -> None:
+    """A broker would let it in under another name, and then say nothing."""
+    name = own_name(tls.certificate)
+    if name != device_id:
+        raise IdentityError(
+            f"{tls.certificate}: is the certificate of {name!r}, not of {device_id!r}; give that "
+            "--id, or another --identity"
+        )

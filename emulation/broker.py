@@ -1,13 +1,12 @@
 """The embedded broker: mosquitto when it is on PATH, otherwise amqtt (pure Python).
 
-Loopback only, unless the user names another address and types --insecure: neither broker is given
-passwords or TLS here.
+Loopback only, unless it is given certificates and access list of the lab's authority, or the user
+types --insecure.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import shutil
 import signal
@@ -20,7 +19,7 @@ from typing import Any, Final
 
 from emulation.errors import ListenError
 from emulation.processes import last_line, processes
-from wire_protocol.frames import MAX_FRAME_BYTES
+from identity.access import ACL_FILE, CRL_FILE, Listener, mosquitto_configuration
 from wire_protocol.mqtt import Address
 
 LOOPBACK: Final = "127.0.0.1"
@@ -28,13 +27,17 @@ _START_S: Final = 15.0
 _POLL_S: Final = 0.2
 
 
-def check_listen(address: Address, *, insecure: bool) -> None:
-    """Raise ListenError when the address is beyond loopback without --insecure, or taken."""
-    if not _is_loopback(address.host) and not insecure:
+def check_listen(address: Address, tls: Path | None, *, insecure: bool) -> None:
+    """Raise ListenError when the address is beyond loopback without TLS or consent, or taken."""
+    if tls is not None and insecure:
+        raise ListenError("--insecure and --tls exclude each other: give one")
+    if not address.is_loopback and tls is None and not insecure:
         raise ListenError(
-            f"--listen {address}: the embedded broker has no passwords and no TLS; anyone who "
-            "reaches it can join. Type --insecure to allow it on a network you trust"
+            f"--listen {address}: without certificates anyone who reaches it can join; give --tls "
+            "DIR (musplit ca broker-config writes it), or type --insecure on a network you trust"
         )
+    if tls is not None and not (tls / ACL_FILE).is_file():
+        raise ListenError(f"--tls {tls}: no broker's folder; musplit ca broker-config writes one")
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,31 +57,70 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_broker(address: Address, say: Callable[[str], None], max_packet_bytes: int = 0) -> int:
+def run_broker(
+    address: Address, say: Callable[[str], None], max_packet_bytes: int = 0, tls: Path | None = None
+) -> int:  # fmt: skip
     """Run a broker in the foreground until interrupted; returns its exit code.
 
-    Packets above `max_packet_bytes` end their connection (0: room for the largest frame).
+    Packets above `max_packet_bytes` end their connection (0: room for the largest frame). `tls` is
+    a folder of `musplit ca broker-config`; its lists are read again when they change.
     """
     mosquitto = shutil.which("mosquitto")
-    if mosquitto is None and max_packet_bytes:
-        raise ListenError("--max-packet: amqtt has no packet limit; install mosquitto")
+    for option, given in (("--max-packet", max_packet_bytes), ("--tls", tls)):
+        if mosquitto is None and given:
+            raise ListenError(f"{option}: amqtt cannot do it; install mosquitto")
     if mosquitto is None:
         say(f"amqtt (MQTT 3.1.1) listening on {address}")
         asyncio.run(_run_amqtt(address))
         return 0
     with tempfile.TemporaryDirectory(prefix="musplit-broker-") as folder, processes() as group:
         configuration = Path(folder) / "mosquitto.conf"
-        configuration.write_text(
-            mosquitto_configuration(address, max_packet_bytes), encoding="utf-8"
-        )
+        listener = Listener(address.host, address.port, tls, max_packet_bytes)
+        configuration.write_text(mosquitto_configuration(listener), encoding="utf-8")
         log = Path(folder) / "mosquitto.log"
         process = group.start([mosquitto, "-c", str(configuration)], log)
         if not wait_for_broker(address, _START_S, lambda: process.poll() is None):
             raise ListenError(f"mosquitto does not listen on {address}: {last_line(log)}")
-        say(f"mosquitto (MQTT 5) listening on {address}")
+        say(f"mosquitto (MQTT 5{', TLS 1.3' if tls else ''}) listening on {address}")
+        lists = _Watched(tls)
+        told = 0
         while process.poll() is None:
             time.sleep(_POLL_S)
+            if lists.changed():
+                process.send_signal(signal.SIGHUP)
+                say("access list and revocation list read again")
+            if tls is not None:
+                told = _tell(log, told, say)
         return process.returncode or 1
+
+
+class _Watched:
+    """The lists in a broker's folder, and whether they were written again."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._files = [] if folder is None else [folder / ACL_FILE, folder / CRL_FILE]
+        self._seen = self._stamps()
+
+    def changed(self) -> bool:
+        """True once after each change."""
+        now = self._stamps()
+        changed, self._seen = now != self._seen, now
+        return changed
+
+    def _stamps(self) -> list[int]:
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in self._files]
+
+
+def _tell(log: Path, told: int, say: Callable[[str], None]) -> int:
+    """Pass on what the broker says of refused connections; returns how far the log was told."""
+    with log.open("rb") as file:
+        file.seek(told)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            told += len(line)
+            say(line.decode(errors="replace").strip())
+    return told
 
 
 def wait_for_broker(address: Address, timeout_s: float, alive: Callable[[], bool]) -> bool:
@@ -91,26 +133,6 @@ def wait_for_broker(address: Address, timeout_s: float, alive: Callable[[], bool
         except OSError:
             time.sleep(0.05)
     return False
-
-
-def mosquitto_configuration(address: Address, max_packet_bytes: int = 0) -> str:
-    """A configuration that keeps nothing on disk and drops nothing a fleet sends."""
-    return "\n".join(
-        (
-            f"listener {address.port} {address.host}",
-            "allow_anonymous true",
-            "persistence false",
-            "set_tcp_nodelay true",
-            "log_dest stderr",
-            "log_type error",
-            "log_type warning",
-            # mosquitto 2.1 cuts connections at 2,000,000 bytes unless told otherwise.
-            f"max_packet_size {max_packet_bytes or MAX_FRAME_BYTES + 65536}",
-            # The default of 1000 drops messages while the publisher is told success.
-            "max_queued_messages 100000",
-            "",
-        )
-    )
 
 
 async def _run_amqtt(address: Address) -> None:
@@ -131,10 +153,3 @@ async def _run_amqtt(address: Address) -> None:
     await broker.start()
     await stop.wait()
     await broker.shutdown()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

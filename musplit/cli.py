@@ -12,6 +12,7 @@ import click
 
 from musplit.bench import bench
 from musplit.calibrate import calibrate
+from musplit.identity import ca, enroll_device
 from musplit.laptop import emulate, plan, simulate, study
 from musplit.power import power
 from musplit.profiles import profiles
@@ -49,10 +50,12 @@ def main() -> None:
 
     \b
     On a laptop, everything at once:   musplit emulate
-    On a lab bench:                    musplit broker --listen 0.0.0.0 --insecure
+    On a lab bench:                    musplit ca init --host HOST   (docs/security.md)
+                                       musplit broker --listen 0.0.0.0 --tls broker
                                        musplit shard DATA --devices 8 --out shards
-                                       musplit serve CONFIG --broker HOST
-    and on each board:                 musplit device --id ID --broker HOST --data SHARD
+                                       musplit serve CONFIG --broker HOST --identity DIR
+    and on each board:                 musplit enroll ..
+                                       musplit device --id ID --broker HOST --identity DIR ..
     """
 
 
@@ -268,7 +271,7 @@ def shard(
 @click.option("--meter-hz", type=FiniteRange(0, 1000, min_open=True), metavar="HZ",
               help="Readings per second.  [default: 10; plugs 1]")  # fmt: skip
 @click.option("--require-measured", is_flag=True,
-              help="End with code 7 unless the energy is measured.")  # fmt: skip
+              help="End with code 8 unless the energy is measured.")  # fmt: skip
 @click.option("--wait-s", default=600.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when the server is silent for this long.")  # fmt: skip
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",
@@ -276,10 +279,11 @@ def shard(
 @click.option("--packet-limit", default=0, type=PACKET_BYTES, show_default=True, metavar="BYTES",
               help="Largest packet, for a broker that tells no limit; 0: none.")  # fmt: skip
 def device(
-    device_id: str, broker: str, connect_s: float, data: Path, fleet: str, bundle: Path | None,
-    state: Path | None, threads: int, speed: float, delay_s: float, stand_in: Path | None,
-    profile: str | None, meter: str, meter_hz: float | None, require_measured: bool,
-    wait_s: float, offline_s: float, packet_limit: int,
+    device_id: str, broker: str, identity: Path | None, insecure: bool, connect_s: float,
+    data: Path, fleet: str, bundle: Path | None, state: Path | None, threads: int, speed: float,
+    delay_s: float, stand_in: Path | None, profile: str | None, meter: str,
+    meter_hz: float | None, require_measured: bool, wait_s: float, offline_s: float,
+    packet_limit: int,
 ) -> None:  # fmt: skip
     """Take part in a run as one device: forward passes only, no torch.
 
@@ -287,7 +291,7 @@ def device(
     state on disk, so that it can be killed and started again at any time.
 
     \b
-    musplit device --id pi-1 --broker 192.168.1.10 --data shard-000.npz
+    musplit device --id pi-1 --broker 192.168.1.10 --identity identity --data shard-000.npz
     """
     with guarded():
         from edge_client.agent import AgentSettings
@@ -296,6 +300,7 @@ def device(
         from edge_client.program import run_device
         from edge_client.stand_in import read_stand_in
         from firmware_profiles.catalogue import load_profile
+        from wire_protocol.tls import tls_for
 
         if stand_in is not None and (speed != 1.0 or delay_s):
             fail("--stand-in: holds the speed and the delay; leave out --speed and --delay-s", 2)
@@ -306,13 +311,15 @@ def device(
             require_measured=require_measured,
         )  # fmt: skip
         settings = AgentSettings(
-            device_id, fleet, threads=threads, speed=speed, delay_s=delay_s,
-            stand_in=other, bundle=bundle,
-            wait_s=wait_s, offline_s=offline_s,
+            device_id, fleet, threads=threads, speed=speed, delay_s=delay_s, stand_in=other,
+            bundle=bundle, wait_s=wait_s, offline_s=offline_s, identity=identity,
         )  # fmt: skip
         folder = state or Path("musplit-state") / device_id
-        run_device(settings, parse_address(broker), data, folder, connect_s, packet_limit, say,
-                   choice)  # fmt: skip
+        address = parse_address(broker, tls=identity is not None)
+        tls = tls_for(address, identity, insecure=insecure)
+        run_device(
+            settings, address, tls, data, folder, connect_s, packet_limit, say, choice
+        )  # fmt: skip
 
 
 @main.command()
@@ -323,11 +330,12 @@ def device(
 @set_option
 @resume_option
 @click.option("--require-measured", is_flag=True,
-              help="End with code 7 unless every device measured its energy.")  # fmt: skip
+              help="End with code 8 unless every device measured its energy.")  # fmt: skip
 @format_option
 def serve(
-    config: Path | None, broker: str, connect_s: float, out: Path | None,
-    overrides: tuple[str, ...], resume: Path | None, require_measured: bool, output: str,
+    config: Path | None, broker: str, identity: Path | None, insecure: bool, connect_s: float,
+    out: Path | None, overrides: tuple[str, ...], resume: Path | None, require_measured: bool,
+    output: str,
 ) -> None:  # fmt: skip
     """Run an experiment as its server: export, wait for the devices, train, run the control.
 
@@ -341,45 +349,55 @@ def serve(
     with guarded():
         from musplit.progress import server_notifier
         from server_node.config import load_config
+        from server_node.serve import Access
         from server_node.serve import resume as resume_server
         from server_node.serve import serve as run_server
+        from wire_protocol.tls import tls_for
 
-        address, notify = parse_address(broker), server_notifier(output)
+        address, notify = parse_address(broker, tls=identity is not None), server_notifier(output)
+        access = Access(address, tls_for(address, identity, insecure=insecure), connect_s)
         if resume is not None:
             check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
             with redirect_stdout(sys.stderr):
-                summary = resume_server(resume, address, connect_s=connect_s, notify=notify)
+                summary = resume_server(resume, access, notify)
         elif config is None:
             fail("give CONFIG, or --resume RUN", 2)
         else:
             checked = load_config(config, list(overrides))
             folder = out or run_folder(config)
             with redirect_stdout(sys.stderr):  # events go where stdout was
-                summary = run_server(checked, address, folder, connect_s=connect_s, notify=notify)
+                summary = run_server(checked, access, folder, notify)
         if require_measured and summary["measured_energy_j"] is None:
-            fail(summary["measured_energy_reason"], 7)
+            fail(summary["measured_energy_reason"], 8)
 
 
 @main.command()
-@click.option("--listen", default="127.0.0.1:1883", show_default=True, metavar="ADDRESS[:PORT]",
-              help="Where to listen; beyond loopback only with --insecure.")  # fmt: skip
+@click.option("--listen", default="127.0.0.1", show_default=True, metavar="ADDRESS[:PORT]",
+              help="Where to listen, port 1883 or with --tls 8883; beyond loopback only with --tls "
+              "or --insecure.")  # fmt: skip
+@click.option("--tls", type=click.Path(path_type=Path), metavar="DIR",
+              help="A folder of musplit ca broker-config: certificates, access and revocations."
+              )  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Allow an address that other machines can reach.")
 @click.option("--max-packet", default=0, type=PACKET_BYTES, metavar="BYTES",
               help="Largest packet, mosquitto only; 0: the largest frame fits.")  # fmt: skip
-def broker(listen: str, insecure: bool, max_packet: int) -> None:
+def broker(listen: str, tls: Path | None, insecure: bool, max_packet: int) -> None:
     """Run the embedded MQTT broker alone, until Ctrl-C: mosquitto if on PATH, otherwise amqtt.
+
+    With --tls only who has a certificate of the lab gets in, and acts as itself alone.
 
     \b
     musplit broker
+    musplit broker --listen 0.0.0.0 --tls broker
     musplit broker --listen 0.0.0.0 --insecure
     """
     with guarded():
         from emulation.broker import check_listen, run_broker
 
-        address = parse_address(listen)
-        check_listen(address, insecure=insecure)
+        address = parse_address(listen, tls=tls is not None)
+        check_listen(address, tls, insecure=insecure)
         try:
-            code = run_broker(address, say, max_packet)
+            code = run_broker(address, say, max_packet, tls)
         except KeyboardInterrupt:
             say("broker stopped")
             return
@@ -429,3 +447,5 @@ for _command in (emulate, simulate, study, plan, stem, warmup, power, profiles):
     main.add_command(_command)
 for _command in (bench, report, calibrate):
     main.add_command(_command)
+main.add_command(ca)
+main.add_command(enroll_device, "enroll")

@@ -42,7 +42,7 @@ from musplit.support import (
               help="Write the requirements as a JUnit report.")  # fmt: skip
 @resume_option
 @click.option("--require-measured", is_flag=True,
-              help="End with code 7: emulated devices never measure energy.")  # fmt: skip
+              help="End with code 8: emulated devices never measure energy.")  # fmt: skip
 @format_option
 def emulate(
     config: Path | None, data: str | None, overrides: tuple[str, ...], rounds: int | None,
@@ -66,7 +66,7 @@ def emulate(
     if require_measured:
         fail(
             "energy is not measured here: emulated devices stand for boards, and their energy is "
-            "modelled; leave out --require-measured, or run boards with musplit serve", 7
+            "modelled; leave out --require-measured, or run boards with musplit serve", 8
         )  # fmt: skip
     with guarded():
         from musplit.emulation import run_emulation

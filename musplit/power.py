@@ -27,7 +27,7 @@ from musplit.support import FiniteRange, fail, format_option, guarded, say
 @click.option("--csv", "samples", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the readings: t_s, power_w.")  # fmt: skip
 @click.option("--require-measured", is_flag=True,
-              help="End with code 7 unless the energy is measured.")  # fmt: skip
+              help="End with code 8 unless the energy is measured.")  # fmt: skip
 @format_option
 def power(
     profile: str | None, meter: str, meter_hz: float | None, seconds: float,
@@ -61,7 +61,7 @@ def power(
             samples.write_text("t_s,power_w\n" + "".join(lines), encoding="utf-8")
         _show(checked.as_json(), output)
     if require_measured and checked.reason:
-        fail(f"energy is not measured here: {checked.reason}", 7)
+        fail(f"energy is not measured here: {checked.reason}", 8)
 
 
 def _show(checked: dict[str, Any], output: str) -> None:

@@ -78,14 +78,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse_address(text: str) -> Any:
-    """HOST, HOST:PORT or [IPV6]:PORT as an Address. Raises InputError."""
+def parse_address(text: str, *, tls: bool = False, default_port: int = 0) -> Any:
+    """HOST, HOST:PORT or [IPV6]:PORT as an Address; without a port MQTT's. Raises InputError."""
     from wire_protocol.errors import InputError
-    from wire_protocol.mqtt import DEFAULT_PORT, Address
+    from wire_protocol.mqtt import DEFAULT_PORT, DEFAULT_TLS_PORT, Address
 
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon or (text.count(":") > 1 and not text.startswith("[")):
-        host, port = text, str(DEFAULT_PORT)
+        host, port = text, str(default_port or (DEFAULT_TLS_PORT if tls else DEFAULT_PORT))
     host = host.strip("[]")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"address {text!r}: write HOST or HOST:PORT, e.g. 192.168.1.10:1883")
@@ -93,14 +93,23 @@ def parse_address(text: str) -> Any:
 
 
 def broker_options(command: Command) -> Command:
-    """--broker and --connect-s."""
+    """--broker, --identity, --insecure and --connect-s."""
     command = click.option(
         "--connect-s", default=15.0, type=SECONDS, show_default=True, metavar="S",
         help="How long to try to reach the broker at the start.",
     )(command)  # fmt: skip
+    command = click.option(
+        "--insecure", is_flag=True,
+        help="Allow a plain link beyond loopback, without TLS, certificates and signatures.",
+    )(command)  # fmt: skip
+    command = click.option(
+        "--identity", type=click.Path(path_type=Path), metavar="DIR",
+        help="Certificate, key and CA of this machine: TLS 1.3 on both sides.",
+    )(command)  # fmt: skip
     return click.option(
-        "--broker", required=True, metavar="HOST[:PORT]", help="The MQTT broker; port 1883 if none."
-    )(command)
+        "--broker", required=True, metavar="HOST[:PORT]",
+        help="The MQTT broker; port 1883 if none, 8883 with --identity.",
+    )(command)  # fmt: skip
 
 
 def set_option(command: Command) -> Command:

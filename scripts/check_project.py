@@ -17,8 +17,8 @@ from server_node.config import Config
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _ROOMS: Final = (
-    "wire_protocol", "firmware_profiles", "edge_client", "export", "server_node", "emulation",
-    "studies", "musplit",
+    "wire_protocol", "identity", "firmware_profiles", "edge_client", "export", "server_node",
+    "emulation", "studies", "musplit",
 )  # fmt: skip
 
 
@@ -32,15 +32,18 @@ class Room(NamedTuple):
 # docs/architecture.md shows the same table.
 RULES: Final = {
     "wire_protocol": Room(set(), {"numpy", "msgspec"}),
+    "identity": Room({"wire_protocol"}, {"cryptography", "msgspec"}),
     "firmware_profiles": Room({"wire_protocol"}, {"msgspec"}),
-    "edge_client": Room({"wire_protocol", "firmware_profiles"}, {"numpy", "msgspec", "psutil"}),
+    "edge_client": Room(
+        {"wire_protocol", "identity", "firmware_profiles"}, {"numpy", "msgspec", "psutil"}
+    ),
     "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime", "safetensors"}),
     "server_node": Room(
-        {"wire_protocol", "export"},
+        {"wire_protocol", "identity", "export"},
         {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL", "safetensors"},
     ),
     "emulation": Room(
-        {"wire_protocol", "firmware_profiles", "edge_client", "export", "server_node"},
+        {"wire_protocol", "identity", "firmware_profiles", "edge_client", "export", "server_node"},
         {"numpy", "msgspec", "amqtt", "rich"},
     ),
     "studies": Room(

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from server_node.actions import Outcome
 from server_node.blobs import BlobShelf
 from server_node.errors import FrameFaultError, LobbyError, NoProgressError
@@ -51,16 +53,18 @@ _REFUSALS_SAID: Final = 100
 class Node:
     """Serves one experiment to a fleet. `notify` gets progress as plain dictionaries.
 
-    `known` are the devices, by index and id, of a run that goes on.
+    `known` are the devices, by index and id, of a run that goes on. Devices with an identity take
+    the bundle only with its signature.
     """
 
     def __init__(
         self, experiment: Experiment, link: LinkLike, notify: Callable[[dict[str, Any]], None],
-        known: Sequence[tuple[int, str]] = (),
+        known: Sequence[tuple[int, str]] = (), bundle_signature: bytes = b"",
     ) -> None:  # fmt: skip
         self._experiment, self._link, self._notify = experiment, link, notify
         self._topics = Topics(experiment.config.run.fleet)
         self._fleet = Fleet(experiment.config.devices.count, known)
+        self._bundle_signature = bundle_signature
         self._blobs = BlobShelf(experiment.client.blobs)
         self._run: Run | None = None
         self._refusals_said = (0.0, 0)  # the second, and how many in it
@@ -317,10 +321,10 @@ class Node:
         run = self._run
         if run is None or member.index is None or member.join is None:
             return
-        self._down(
-            member.device_id,
-            run.welcome(member.index, member.epoch, len(self._experiment.client.manifest_data)),
-        )
+        size_bytes = len(self._experiment.client.manifest_data)
+        welcome = run.welcome(member.index, member.epoch, size_bytes)
+        signed = replace(welcome, bundle_signature=self._bundle_signature)
+        self._down(member.device_id, signed)
 
     def _feed(self) -> None:
         """Serve the blobs that devices asked for, as fast as the broker takes them."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from identity.access import server_name
 from server_node.actions import Outcome
 from server_node.config import Config, load_config
 from server_node.errors import ConfigError, DivergedError, JournalError
@@ -36,14 +37,26 @@ from server_node.summary import (
     write_summary,
 )
 from wire_protocol.allocator import keep_freed_memory
-from wire_protocol.errors import StalledError, TransportError
+from wire_protocol.errors import IdentityError, StalledError, TransportError
 from wire_protocol.frames import MAX_FRAME_BYTES
-from wire_protocol.mqtt import Address, Link
+from wire_protocol.mqtt import Address, Link, TlsFiles
+from wire_protocol.tls import own_name
 from wire_protocol.topics import Topics
 
 Notify = Callable[[dict[str, Any]], None]
 
 _UNFINISHED = "the control run was not finished"
+
+
+class Access(NamedTuple):
+    """How the server reaches the broker.
+
+    With `tls` it signs bundles by the key that lies beside its own; without, they are not signed.
+    """
+
+    address: Address
+    tls: TlsFiles | None = None
+    connect_s: float = 15.0  # how long to try at the start
 
 
 class _Progress(NamedTuple):
@@ -64,9 +77,7 @@ class _Progress(NamedTuple):
         return self.control is not None and self.control.past.ended in ends
 
 
-def serve(
-    config: Config, address: Address, folder: Path, *, connect_s: float, notify: Notify
-) -> dict[str, Any]:
+def serve(config: Config, access: Access, folder: Path, notify: Notify) -> dict[str, Any]:
     """Serve one experiment; returns the summary, which is also in FOLDER/summary.json.
 
     Raises a MusplitError; the journal and the metrics written so far stay.
@@ -79,10 +90,10 @@ def serve(
                 f"musplit serve --resume {folder}"
             )
         experiment = prepare(config, folder)
-        return _serve(experiment, _Progress(None, None), address, connect_s, notify)
+        return _serve(experiment, _Progress(None, None), access, notify)
 
 
-def resume(folder: Path, address: Address, *, connect_s: float, notify: Notify) -> dict[str, Any]:
+def resume(folder: Path, access: Access, notify: Notify) -> dict[str, Any]:
     """Go on with the run in FOLDER after any stop; otherwise as `serve`.
 
     Raises JournalError when the run would not go on with what it began with, DivergedError for a
@@ -105,7 +116,7 @@ def resume(folder: Path, address: Address, *, connect_s: float, notify: Notify) 
         if not experiment.no_control:
             past = _take_up(folder / CONTROL_FOLDER)
             progress = progress._replace(control=_rebuild(experiment, past, notify))
-        return _serve(experiment, progress, address, connect_s, notify)
+        return _serve(experiment, progress, access, notify)
 
 
 def _take_up(folder: Path) -> Past | None:
@@ -144,7 +155,7 @@ def _rebuild(experiment: Experiment, past: Past | None, notify: Notify) -> Histo
 
 
 def _serve(
-    experiment: Experiment, progress: _Progress, address: Address, connect_s: float, notify: Notify
+    experiment: Experiment, progress: _Progress, access: Access, notify: Notify
 ) -> dict[str, Any]:
     config, folder = experiment.config, experiment.folder
     notify(
@@ -158,21 +169,23 @@ def _serve(
         summary = _finished_summary(experiment, progress)
         notify({"event": "summary", **summary})
         return summary
+    signature = _signature(access, config.run.fleet, experiment.exported.digest)
     link = Link(
-        f"{config.run.fleet}//server", address,
+        f"{config.run.fleet}//server", access.address,
         subscriptions=Topics(config.run.fleet).all_uplinks,
-        packet_limit=config.wire.packet_limit,
+        packet_limit=config.wire.packet_limit, tls=access.tls,
     )  # fmt: skip
-    link.open(connect_s)
+    link.open(access.connect_s)
     try:
         if link.packet_limit is not None and link.packet_limit < MAX_FRAME_BYTES:
             notify({"event": "packet-limit", "bytes": link.packet_limit})
         notify(
             {"event": "waiting", "devices": config.devices.count,
-             "command": device_command(config, address)}
+             "command": device_command(config, access)}
         )  # fmt: skip
         latest = progress.control or progress.main
-        node = Node(experiment, link, notify, latest.past.devices if latest else ())
+        known = latest.past.devices if latest else ()
+        node = Node(experiment, link, notify, known, signature)
         if progress.main is not None and progress.main_done:
             main = result_of_past(experiment, progress.main)
         else:
@@ -194,10 +207,30 @@ def _serve(
     return summary
 
 
-def device_command(config: Config, address: Address) -> str:
+def _signature(access: Access, fleet: str, digest: str) -> bytes:
+    """Of the bundle; cryptography is needed only where there is an identity."""
+    if access.tls is None:
+        return b""
+    name = own_name(access.tls.certificate)
+    if name != server_name(fleet):
+        raise IdentityError(
+            f"{access.tls.certificate}: is the certificate of {name!r}; the server of fleet "
+            f"{fleet!r} needs servers/{fleet} of the authority's folder (musplit ca fleet {fleet})"
+        )
+    from identity.signatures import sign_bundle  # noqa: PLC0415
+
+    return sign_bundle(access.tls.folder, digest)
+
+
+def device_command(config: Config, access: Access) -> str:
     """What to paste on the first device."""
     fleet = "" if config.run.fleet == "lab" else f" --fleet {config.run.fleet}"
-    return f"musplit device --id device-000 --broker {address}{fleet} --data {shard_name(0)}"
+    if access.tls is not None:
+        fleet += " --identity identity"
+    elif not access.address.is_loopback:
+        fleet += " --insecure"
+    broker = f" --broker {access.address}"
+    return f"musplit device --id device-000{broker}{fleet} --data {shard_name(0)}"
 
 
 def _finished_summary(experiment: Experiment, progress: _Progress) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import pytest
 from harness import TINY, Bench, Child, Digests, make_shards, read_jsonl, undisturbed, wait_until
 
 from wire_protocol import messages
+from wire_protocol.energy import NoEnergy
 from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind, encode_frame
 from wire_protocol.messages import Join, Leave, Ready, Refused, Report, Round, Welcome
 from wire_protocol.mqtt import Address, Link, Received
@@ -73,7 +74,9 @@ def enveloped(body: bytes) -> bytes:
 
 
 def report(run: int, seconds: float) -> bytes:
-    numbers = dict.fromkeys(Report.__struct_fields__, 0) | {"run": run, "epoch": EPOCH}
+    numbers = dict.fromkeys(Report.__struct_fields__, 0) | {
+        "run": run, "epoch": EPOCH, "energy": NoEnergy("no meter")
+    }  # fmt: skip
     times = {name: seconds for name in numbers if name.endswith("_s")}
     return messages.encode(Report(**(numbers | times)))
 

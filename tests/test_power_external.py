@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 
 import pytest
 from power_support import LOADS, Bench, constant
@@ -223,6 +224,19 @@ def test_a_tcp_meter_that_goes_away():
     else:
         pytest.fail("the end was not noticed")
     meter.close()
+
+
+def test_a_serial_meter():
+    ours, theirs = os.openpty()
+    meter = find_meter(MeterOptions(f"lines:{os.ttyname(theirs)}?baud=9600"))
+    os.write(ours, b"3.5\n")
+    deadline_s = time.monotonic() + 10
+    while (reading := meter.read()) is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert reading.power_w == 3.5
+    meter.close()
+    os.close(ours)
+    os.close(theirs)
 
 
 # -- plugs

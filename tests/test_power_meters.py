@@ -153,6 +153,15 @@ def test_two_of_a_name_have_to_be_told_apart(tmp_path):
     assert meter.read().power_w == 2.0
 
 
+def test_what_has_to_be_named_is_said_where_nothing_was_named(tmp_path):
+    put_hwmon(tmp_path, 0, "ina226", "1-0040", power1_input=1_000_000)
+    put_hwmon(tmp_path, 1, "ina226", "1-0041", power1_input=2_000_000)
+    assert (
+        "hwmon:ina226@1-0040, hwmon:ina226@1-0041"
+        in find_meter(MeterOptions(), None, tmp_path).reason
+    )
+
+
 def test_several_channels_have_to_be_named_and_those_that_are_not_connected_are_none(tmp_path):
     files = {f"power{n}_input": n * 1_000_000 for n in (1, 2, 3)}
     labels = {"power1_label": "NC", "power2_label": "total", "power3_label": "12 V"}

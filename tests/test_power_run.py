@@ -140,7 +140,7 @@ def test_a_board_is_known_by_what_its_firmware_says(tmp_path):
 def test_power_without_a_meter(required):
     command = ["power", "--meter", "model", "--profile", "rpi-4b", "--format", "json"]
     done = CliRunner().invoke(main, command + (["--require-measured"] if required else []))
-    assert done.exit_code == (7 if required else 0)
+    assert done.exit_code == (8 if required else 0)
     found = json.loads(done.stdout)
     assert found["reason"] == "no meter asked for (--meter model)"
     energy = found["energy"]
@@ -179,7 +179,7 @@ def test_measured_energy_that_is_required_and_not_there(command, tmp_path):
     if command[0] == "device":
         command += ["--state", str(tmp_path / "state")]
     done = runner.invoke(main, [*command, "--require-measured"])
-    assert done.exit_code == 7
+    assert done.exit_code == 8
     assert done.stderr.splitlines()[-1].startswith("musplit: error: energy is not measured here: ")
 
 

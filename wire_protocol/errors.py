@@ -2,11 +2,12 @@
 
 MusplitError                 exit code 1
 |- InputError                3  a file, field or value handed in is wrong
+|  |- IdentityError          certificate, key or CA are missing, readable by others, or unusable
 |- TransportError            4  the broker cannot be reached, or was lost for too long
 |  |- QueueFullError         more messages wait for the broker than the link holds
 |- RefusedError              5  the other side said no, with its reason
 |- StalledError              6  nothing happened within a documented bound
-|- UnmeasuredError           7  measured energy was required, and is not there
+|- UnmeasuredError           8  measured energy was required, and is not there
 |- ProtocolError             3  bytes from the network are not what the protocol allows
    |- ChecksumError             the CRC-32 does not match
    |- TruncatedError            fewer bytes than the header promises
@@ -29,6 +30,10 @@ class InputError(MusplitError):
     """A file, a field or a value handed in by the user is wrong."""
 
     exit_code = 3
+
+
+class IdentityError(InputError):
+    """Certificate, key or CA are missing, readable by others, or cannot be used."""
 
 
 class TransportError(MusplitError):
@@ -56,7 +61,7 @@ class StalledError(MusplitError):
 class UnmeasuredError(MusplitError):
     """Measured energy was required, and is not there."""
 
-    exit_code = 7
+    exit_code = 8
 
 
 class ProtocolError(MusplitError):

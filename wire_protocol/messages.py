@@ -144,6 +144,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     momentum: Fraction
     beta2: Fraction
     asynchronous: bool  # a commit holds one contribution; yours may come commits later
+    # Ed25519, by the lab's signer, over a prefix and manifest_sha256; empty: not signed.
+    bundle_signature: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class Refused(_Message, frozen=True, tag="refused"):

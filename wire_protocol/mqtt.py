@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import random
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from threading import Event, Lock
@@ -34,13 +35,15 @@ from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.mqtt_stream import Payload
 from wire_protocol.paho_client import CountingClient
 from wire_protocol.parts import MAX_PARTS, MIN_PACKET_BYTES, Joiner, is_part, split
+from wire_protocol.tls import TlsFiles, explain
 
 __all__ = [
-    "DEFAULT_PORT", "MIN_PACKET_BYTES", "Address", "Connected", "Disconnected", "Link", "LinkEvent",
-    "LinkLike", "Received", "Will",
+    "DEFAULT_PORT", "DEFAULT_TLS_PORT", "MIN_PACKET_BYTES", "Address", "Connected", "Disconnected",
+    "Link", "LinkEvent", "LinkLike", "Received", "TlsFiles", "Will",
 ]  # fmt: skip
 
 DEFAULT_PORT: Final = 1883
+DEFAULT_TLS_PORT: Final = 8883
 _KEEPALIVE_S: Final = 15
 _QOS: Final = 1
 _EVENTS_QUEUED: Final = 512
@@ -71,9 +74,14 @@ class Link:
         will: Will | None = None,
         max_payload_bytes: int = MAX_FRAME_BYTES,
         packet_limit: int = 0,
+        tls: TlsFiles | None = None,
     ) -> None:
-        """`packet_limit` (bytes, 0: none) is for brokers that do not tell theirs."""
+        """`packet_limit` (bytes, 0: none) is for brokers that do not tell theirs.
+
+        With `tls` the broker has to be of its CA, and sees its certificate. Raises IdentityError.
+        """
         self.address = address
+        self._tls = tls.context() if tls is not None else None
         self.protocol = ""
         self.packet_limit: int | None = packet_limit or None
         self.chunked = False
@@ -132,11 +140,13 @@ class Link:
                 return
             self._client.disconnect()
             self._client.loop_stop()
+            if self._client.tls_failure is not None:
+                raise TransportError(self._explained(self._client.tls_failure))
             if answered and "protocol version" not in self._refusal.lower():
                 break
         reason = self._refusal or (
-            "it accepts connections but does not speak MQTT, or takes packets below "
-            f"{MIN_PACKET_BYTES} bytes only (max_packet_size)"
+            "it accepts connections but does not speak MQTT, speaks TLS only (--identity), or "
+            f"takes packets below {MIN_PACKET_BYTES} bytes only (max_packet_size)"
         )
         raise TransportError(f"broker {self.address} refused the connection: {reason}")
 
@@ -198,8 +208,11 @@ class Link:
         client.max_queued_messages_set(_PACKETS_QUEUED)
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, qos=_QOS)
+        if self._tls is not None:
+            client.tls_set_context(self._tls)
         client.on_socket_open = _set_nodelay
         client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         self._answered.clear()
@@ -212,10 +225,13 @@ class Link:
                 self._client.connect(*self.address, keepalive=_KEEPALIVE_S)
                 return
             except OSError as error:
+                if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+                    raise TransportError(self._explained(error)) from error
                 if time.monotonic() >= deadline_s:
+                    tls = ", is that the port of its TLS listener (8883)" if self._tls else ""
                     raise TransportError(
                         f"broker {self.address} cannot be reached ({error.strerror or error}): "
-                        "is it running, and are host and port right?"
+                        f"is it running{tls}, and are host and port right?"
                     ) from error
                 time.sleep(0.2)
 
@@ -255,9 +271,25 @@ class Link:
         self._refusal = ""
         self._put(Connected())
 
+    def _explained(self, error: ssl.SSLError) -> str:
+        return explain(error, f"broker {self.address}")
+
+    def _on_connect_fail(self, client: paho.Client, _data: Any) -> None:
+        """A reconnect came to nothing; without a reason of TLS's it is the network's."""
+        failure = client.tls_failure if isinstance(client, CountingClient) else None
+        if failure is not None:
+            self._put(Disconnected(self._explained(failure), False))
+
     def _on_disconnect(
         self, _client: paho.Client, _data: Any, _flags: Any, code: ReasonCode, _props: Any
     ) -> None:
+        failure = self._client.tls_failure
+        if failure is not None and not self._refusal:  # it does not like our certificate
+            if self._answered.is_set():
+                self._end(self._explained(failure))
+            else:
+                self._refuse(self._explained(failure))
+            return
         if not self._answered.is_set() or self._refusal:
             return
         short = time.monotonic() - self._connected_s < _SHORT_LIFE_S

@@ -6,7 +6,9 @@ What paho 2.2 does, and what is done here instead:
 * a message published by another thread waits until paho's own thread wakes up; here the
   publishing thread writes to the socket itself, and paho's thread takes what does not fit;
 * each partial send copies the rest of the packet; here it is a view;
-* each PUBACK is decoded into objects that nobody asks for; here its number is enough.
+* each PUBACK is decoded into objects that nobody asks for; here its number is enough;
+* under TLS a reason for the end of a connection is lost; here it is kept. OpenSSL wants one thread
+  at a connection, so reads and writes take turns.
 
 The names that start with an underscore are paho-private: tests/test_wire_paho.py fails when what
 they mean changes.
@@ -16,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import time
 from collections.abc import Callable
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, Final, TypeAlias
 
 import paho.mqtt.client as paho
@@ -54,7 +57,11 @@ class CountingClient(paho.Client):
         self.bytes_up = self.bytes_down = 0
         self._max_payload_bytes = max_payload_bytes
         self._deliver = deliver
+        self.tls_failure: ssl.SSLError | None = (
+            None  # a failed handshake, or the alert that ended all
+        )
         self._write_lock = RLock()
+        self._tls_lock = Lock()
         self._reader = self._new_reader()
 
     @property
@@ -77,13 +84,31 @@ class CountingClient(paho.Client):
         """Break the TCP stream, whatever is still queued."""
         sock = self.socket()
         if sock is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), self._tls_lock:
                 sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]  # paho types it by need
 
     def reconnect(self) -> MQTTErrorCode:
         """As paho's, with a stream that begins anew."""
         self._reader = self._new_reader()
+        self.tls_failure = None
         return super().reconnect()
+
+    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
+        """As paho's for a context that checks names; keeps the reason of a failure, and closes."""
+        context = self._ssl_context
+        assert context is not None
+        sock = context.wrap_socket(
+            tcp_sock, server_hostname=self._host, do_handshake_on_connect=False
+        )
+        try:
+            sock.settimeout(self._connect_timeout)
+            sock.do_handshake()
+        except OSError as error:
+            if isinstance(error, ssl.SSLError):
+                self.tls_failure = error
+            sock.close()
+            raise
+        return sock
 
     def _new_reader(self) -> PacketReader:
         return PacketReader(self._max_payload_bytes, mqtt5=self.protocol == Version.MQTTv5)
@@ -125,7 +150,8 @@ class CountingClient(paho.Client):
         return result
 
     def _sock_send(self, buf: Any) -> int:
-        sent: int = super()._sock_send(buf)
+        with self._tls_lock:
+            sent: int = super()._sock_send(buf)
         self.bytes_up += sent
         return sent
 
@@ -139,10 +165,13 @@ class CountingClient(paho.Client):
                 break
             target = reader.target
             try:
-                count = sock.recv_into(target)  # type: ignore[attr-defined]
-            except BlockingIOError:
+                with self._tls_lock:
+                    count = sock.recv_into(target)  # type: ignore[attr-defined]
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return MQTTErrorCode.MQTT_ERR_AGAIN
-            except OSError:
+            except OSError as error:
+                if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "").upper():
+                    self.tls_failure = error
                 return MQTTErrorCode.MQTT_ERR_CONN_LOST
             if not count:
                 return MQTTErrorCode.MQTT_ERR_CONN_LOST
@@ -150,7 +179,10 @@ class CountingClient(paho.Client):
             with self._msgtime_mutex:
                 self._last_bytes_received = time.monotonic()
             result = self._handle_packets(reader, count)
-            if result != MQTTErrorCode.MQTT_ERR_SUCCESS or count < len(target):
+            # A TLS record holds 16 KiB at most: less than was asked for says nothing.
+            if result != MQTTErrorCode.MQTT_ERR_SUCCESS or (
+                count < len(target) and self._ssl_context is None
+            ):
                 return result
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 

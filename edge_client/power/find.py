@@ -62,7 +62,9 @@ def find_meter(
             return open_meter(MeterSpec(kind, "", {}), options.rate_hz, root)
         except MeterError as error:
             reasons.append(str(error))
-    telling = [reason for reason in reasons if "permission" in reason or "several" in reason]
+    telling = [
+        reason for reason in reasons if any(word in reason for word in ("permission", "name one"))
+    ]
     return NoEnergy(f"no power sensor found: {'; '.join(telling or reasons)}"[:400])
 
 

@@ -100,6 +100,8 @@ class MeterSource:
 
     def so_far(self) -> MeasuredByPhase | NoEnergy:
         """Until the last reading; a lost sensor, or a gap, is a reason instead."""
+        if self._loop.lost:
+            return NoEnergy(f"the meter was given up: {self._loop.reason}"[:400])
         return self._account.so_far(time.monotonic(), self._loop.reason)
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""The lab's certificate authority, enrolment of devices, and signatures of bundles."""
