@@ -31,6 +31,7 @@ from edge_client.power.meter import Reading
 from export.exporter import export_model
 from musplit.cli import main
 from wire_protocol.energy import NoEnergy
+from wire_protocol.errors import UnmeasuredError
 
 QUIET = NoEnergy("no meter asked for")
 ASKED = Asked(
@@ -88,7 +89,7 @@ def test_required_measurements_are_asked_for_before_anything_is_written(tmp_path
     for flags in (["--require-measured"], ["--mode", "energy"]):
         out = tmp_path / "evidence"
         result = invoke("--bundle", bundle, "--meter", "model", "--out", out, *flags)
-        assert result.exit_code == 7
+        assert result.exit_code == UnmeasuredError.exit_code
         assert result.stderr.count("\n") == 1
         assert "measured energy is required" in result.stderr
         assert not out.exists()
