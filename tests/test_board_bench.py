@@ -6,6 +6,8 @@ import csv
 import json
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import msgspec
@@ -13,6 +15,7 @@ import psutil
 import pytest
 from bench_support import ORIGIN
 from click.testing import CliRunner
+from harness import ROOT
 
 from edge_client.bench import gpio
 from edge_client.bench.conditions import Conditions, read_conditions, throttled
@@ -28,6 +31,7 @@ from edge_client.power.meter import Reading
 from export.exporter import export_model
 from musplit.cli import main
 from wire_protocol.energy import NoEnergy
+from wire_protocol.errors import UnmeasuredError
 
 QUIET = NoEnergy("no meter asked for")
 ASKED = Asked(
@@ -85,7 +89,7 @@ def test_required_measurements_are_asked_for_before_anything_is_written(tmp_path
     for flags in (["--require-measured"], ["--mode", "energy"]):
         out = tmp_path / "evidence"
         result = invoke("--bundle", bundle, "--meter", "model", "--out", out, *flags)
-        assert result.exit_code == 7
+        assert result.exit_code == UnmeasuredError.exit_code
         assert result.stderr.count("\n") == 1
         assert "measured energy is required" in result.stderr
         assert not out.exists()
@@ -257,3 +261,9 @@ def test_throttle_words():
     assert throttled("counter:2", "counter:2") is False
     assert throttled("counter:2", "counter:3") is True
     assert throttled(None, "counter:3") is None
+
+
+def test_who_measures_does_not_load_what_is_measured():
+    """A runtime that crashes at import ends the measured process, not the bench."""
+    code = "import sys, edge_client.bench.runner; sys.exit('onnxruntime' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

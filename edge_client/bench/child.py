@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, BinaryIO, Final
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.bench.gpio import Edge, open_edge
+from edge_client.bench.orders import Done, Failed, Order, Ready, Task
 from edge_client.bundle import read_bundle
 from edge_client.memory import memory_bytes
 from edge_client.power.phases import ENCODE, WAIT, Stopwatch
@@ -26,7 +27,6 @@ from edge_client.session import ClientSession
 from edge_client.zo_step import Activation, PhaseClock, zo_step
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.directions import DirectionGenerator, DirectionId, Stream
-from wire_protocol.encodings import Encoding
 from wire_protocol.errors import MusplitError
 from wire_protocol.frames import Frame, FrameKind, encode_frame
 from wire_protocol.manifest import InputSpec
@@ -36,50 +36,6 @@ _ROWS: Final = 20_000
 # Latency does not depend on what the numbers are; repeated benches still get the same.
 _SEED: Final = 0
 _NO_LABELS: Final = np.empty(0, np.uint32)
-
-
-class Task(msgspec.Struct, frozen=True):
-    """What to load."""
-
-    folder: str
-    batch: int
-    directions: int
-    lam: float
-    encoding: Encoding
-    threads: int
-    gpio: str
-
-
-class Order(msgspec.Struct, frozen=True):
-    """One window: at least `window_s` seconds and `iterations` iterations."""
-
-    kind: Literal["idle", "forward", "step"]
-    window_s: float
-    iterations: int
-    edge: bool  # drive the GPIO line
-
-
-class Done(msgspec.Struct, frozen=True, tag="done"):
-    """How it went; see records.Window and records.Latencies. Rows are those of latency.csv."""
-
-    begin_s: float
-    end_s: float
-    iterations: int
-    cpu_s: float
-    rss_bytes: int
-    peak_rss_bytes: int
-    frame_bytes: int
-    rows: list[tuple[int, float, float, float, float]]
-
-
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The first answer: loaded."""
-
-
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """Instead of it: why the bundle cannot be measured."""
-
-    text: str
 
 
 class Measured:

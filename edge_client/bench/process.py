@@ -14,7 +14,7 @@ from typing import IO, Final, Self
 
 import msgspec
 
-from edge_client.bench.child import Done, Failed, Order, Ready, Task
+from edge_client.bench.orders import Done, Failed, Order, Ready, Task
 from edge_client.errors import BenchError
 
 _TICK_S: Final = 0.25

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Final
 
-from edge_client.bench.child import Done, Order, Task
 from edge_client.bench.conditions import Conditions, busy_s, read_conditions
 from edge_client.bench.evidence import Evidence
+from edge_client.bench.orders import Done, Order, Task
 from edge_client.bench.process import MeasuredProcess, Tick
 from edge_client.bench.records import (
     MIN_ITERATIONS,
