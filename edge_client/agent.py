@@ -24,6 +24,7 @@ from edge_client.shard import Shard, check_shard
 from edge_client.stand_in import StandIn
 from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
+from identity.errors import UntrustedError
 from wire_protocol.directions import directions_digest
 from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
 from wire_protocol.frames import MAGIC as FRAME_MAGIC
@@ -100,7 +101,7 @@ class Agent:
         self._say = say
         self._alive = alive
         self._epoch = epoch
-        self._own_bundle = read_bundle(settings.bundle) if settings.bundle else None
+        self._own_bundle = _read_own(settings)
         self._welcome: Welcome | None = None
         self._trainer: Trainer | None = None
         self._fetch: BlobFetch | BundleFetch | None = None
@@ -260,6 +261,11 @@ class Agent:
         if fetch is None or not fetch.take(chunk):
             return
         self._fetched_s = time.monotonic()
+        if isinstance(fetch, BundleFetch) and fetch.altered and self._settings.identity:
+            raise UntrustedError(
+                f"bundle {self._welcome.manifest_sha256[:12] if self._welcome else ''} was altered "
+                "on its way: nothing of it is run; who else can write to this device's topic?"
+            )
         if not fetch.complete:
             self._request(fetch)
         elif isinstance(fetch, BundleFetch):
@@ -539,3 +545,15 @@ class Agent:
             self._store.save_weights(
                 SavedWeights(trainer.welcome.run, trainer.next_round, trainer.state)
             )
+
+
+def _read_own(settings: AgentSettings) -> Bundle | None:
+    """The bundle of --bundle. Raises BundleError, or UntrustedError where signatures count."""
+    if settings.bundle is None:
+        return None
+    try:
+        return read_bundle(settings.bundle)
+    except BundleError as error:
+        if settings.identity is None:
+            raise
+        raise UntrustedError(f"{error}; nothing of it is run") from error

@@ -119,6 +119,7 @@ class BundleFetch:
     def __init__(self, manifest_sha256: str, manifest_bytes: int, folder: Path) -> None:
         self.folder = folder
         self.complete = False
+        self.altered = False  # a whole file came, and was not the one asked for
         self._manifest = self._open(Blob(manifest_sha256, manifest_bytes), MANIFEST_FILE)
         self._blob = self._manifest
         self._rest: list[tuple[Blob, str]] = []
@@ -138,8 +139,11 @@ class BundleFetch:
         """
         if self.complete or not self._blob.take(chunk):
             return False
-        if self._blob.complete and self._blob.finish():
-            self._turn_over()
+        if self._blob.complete:
+            if self._blob.finish():
+                self._turn_over()
+            else:
+                self.altered = True
         return True
 
     def discard(self) -> None:

@@ -11,9 +11,11 @@ from edge_client.notify import Notifier
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory
+from wire_protocol.errors import IdentityError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.messages import Leave, encode
 from wire_protocol.mqtt import Address, Link, TlsFiles, Will
+from wire_protocol.tls import own_name
 from wire_protocol.topics import Topics, check_name
 
 
@@ -27,6 +29,8 @@ def run_device(
     """
     keep_freed_memory()
     check_name(settings.device_id, "device id")
+    if tls is not None:
+        _check_own(tls, settings.device_id)
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
     store = StateStore(state)
@@ -56,3 +60,13 @@ def run_device(
             link.close()
     finally:
         store.close()
+
+
+def _check_own(tls: TlsFiles, device_id: str) -> None:
+    """A broker would let it in under another name, and then say nothing."""
+    name = own_name(tls.certificate)
+    if name != device_id:
+        raise IdentityError(
+            f"{tls.certificate}: is the certificate of {name!r}, not of {device_id!r}; give that "
+            "--id, or another --identity"
+        )

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from identity.files import BROKER_FILE, BROKER_KEY_FILE
+from wire_protocol.errors import IdentityError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.tls import CA_FILE
-from wire_protocol.topics import Topics
+from wire_protocol.topics import Topics, check_name
 
 CONFIGURATION_FILE: Final = "mosquitto.conf"
 ACL_FILE: Final = "acl"
 CRL_FILE: Final = "crl.pem"
 _ANY_DEVICE: Final = "+"
+_MOST_NAME: Final = 64  # of a common name
 _ITSELF: Final = "%u"  # mosquitto puts the certificate's common name there
 
 _INSTRUCTIONS: Final = """\
@@ -41,8 +43,20 @@ class Listener(NamedTuple):
     max_packet_bytes: int = 0  # 0: room for the largest frame
 
 
-def access_list(fleets: Sequence[str], servers: Sequence[str], muted: Sequence[str]) -> str:
-    """The acl file of these fleets, whose servers are named `servers`, in the same order.
+def server_name(fleet: str) -> str:
+    """The common name of a fleet's server; no device id begins with an underscore.
+
+    Raises InputError.
+    """
+    name = f"_server.{check_name(fleet, 'fleet')}"
+    if len(name) > _MOST_NAME:
+        most = _MOST_NAME - len("_server.")
+        raise IdentityError(f"fleet {fleet!r}: with certificates at most {most} characters")
+    return name
+
+
+def access_list(fleets: Sequence[str], muted: Sequence[str]) -> str:
+    """The acl file of these fleets.
 
     `muted` are revoked names: they lose a connection's rights too when the broker reloads this.
     """
@@ -50,9 +64,9 @@ def access_list(fleets: Sequence[str], servers: Sequence[str], muted: Sequence[s
     for name in muted:
         lines += ["", "# Revoked: nothing, also where it is still connected.", f"user {name}"]
         lines += ["topic deny #"]
-    for fleet, server in zip(fleets, servers, strict=True):
+    for fleet in fleets:
         lines += ["", f"# The server of fleet {fleet}: hears its devices, speaks to them."]
-        lines += [f"user {server}"]
+        lines += [f"user {server_name(fleet)}"]
         lines += [f"topic deny {Topics(other).root}/#" for other in fleets if other != fleet]
         lines += _server_rules(Topics(fleet))
     lines += ["", "# Every device, as itself: %u is the name in its certificate."]

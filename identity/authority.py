@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec.structs import replace
 
+from identity.access import server_name
 from identity.certificates import (
     Issuer,
     Purpose,
@@ -59,7 +60,6 @@ DEVICE_DAYS: Final = 365
 _REMEDY: Final = "restore the authority's folder from a copy, or make one: musplit ca init"
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 _TOKEN_BYTES: Final = 32
-_MOST_NAME: Final = 64
 
 
 class Enrolment(NamedTuple):
@@ -68,18 +68,6 @@ class Enrolment(NamedTuple):
     certificate: bytes
     ca: bytes
     signer: bytes
-
-
-def server_name(fleet: str) -> str:
-    """The common name of a fleet's server; no device id begins with an underscore.
-
-    Raises InputError.
-    """
-    name = f"_server.{check_name(fleet, 'fleet')}"
-    if len(name) > _MOST_NAME:
-        most = _MOST_NAME - len("_server.")
-        raise AuthorityError(f"fleet {fleet!r}: with certificates at most {most} characters")
-    return name
 
 
 class Authority:

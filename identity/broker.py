@@ -13,7 +13,7 @@ from identity.access import (
     access_list,
     lab_configuration,
 )
-from identity.authority import Authority, server_name
+from identity.authority import Authority
 from identity.errors import AuthorityError
 from identity.files import (
     BROKER_FILE,
@@ -50,6 +50,5 @@ def refresh_broker_folder(authority: Authority, out: Path, now_s: float) -> None
 
 def _write_lists(authority: Authority, out: Path, now_s: float) -> None:
     ledger = authority.ledger()
-    servers = [server_name(fleet) for fleet in ledger.fleets]
-    write_public(out / ACL_FILE, access_list(ledger.fleets, servers, ledger.muted(now_s)).encode())
+    write_public(out / ACL_FILE, access_list(ledger.fleets, ledger.muted(now_s)).encode())
     write_public(out / CRL_FILE, authority.revocation_list(now_s))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from identity.access import server_name
 from server_node.actions import Outcome
 from server_node.config import Config, load_config
 from server_node.errors import ConfigError, DivergedError, JournalError
@@ -35,9 +36,10 @@ from server_node.summary import (
     write_summary,
 )
 from wire_protocol.allocator import keep_freed_memory
-from wire_protocol.errors import StalledError, TransportError
+from wire_protocol.errors import IdentityError, StalledError, TransportError
 from wire_protocol.frames import MAX_FRAME_BYTES
 from wire_protocol.mqtt import Address, Link, TlsFiles
+from wire_protocol.tls import own_name
 from wire_protocol.topics import Topics
 
 Notify = Callable[[dict[str, Any]], None]
@@ -166,7 +168,7 @@ def _serve(
         summary = _finished_summary(experiment, progress)
         notify({"event": "summary", **summary})
         return summary
-    signature = _signature(access, experiment.exported.digest)
+    signature = _signature(access, config.run.fleet, experiment.exported.digest)
     link = Link(
         f"{config.run.fleet}//server", access.address,
         subscriptions=Topics(config.run.fleet).all_uplinks,
@@ -204,10 +206,16 @@ def _serve(
     return summary
 
 
-def _signature(access: Access, digest: str) -> bytes:
+def _signature(access: Access, fleet: str, digest: str) -> bytes:
     """Of the bundle; cryptography is needed only where there is an identity."""
     if access.tls is None:
         return b""
+    name = own_name(access.tls.certificate)
+    if name != server_name(fleet):
+        raise IdentityError(
+            f"{access.tls.certificate}: is the certificate of {name!r}; the server of fleet "
+            f"{fleet!r} needs servers/{fleet} of the authority's folder (musplit ca fleet {fleet})"
+        )
     from identity.signatures import sign_bundle  # noqa: PLC0415
 
     return sign_bundle(access.tls.folder, digest)

@@ -162,7 +162,7 @@ FIELDS = {
     "hello": "",
     "welcome": "run run_seed epoch device manifest_sha256 manifest_bytes directions_sha256 lam "
     "batch directions rounds encoding compression next_round feedback optimiser momentum beta2 "
-    "asynchronous",
+    "asynchronous bundle_signature",
     "refused": "epoch reason",
     "chunk": "digest index data",
     "round": "run round participants",
@@ -180,7 +180,8 @@ def control(payload: bytes) -> dict[str, Any]:
     message = unpack(payload[8:])
     demand(message.get("type") in FIELDS, "type")
     wanted = {"type", *FIELDS[message["type"]].split()}
-    demand(message.keys() | {"client_sha256"} >= wanted >= message.keys(), "keys")
+    optional = {"client_sha256", "bundle_signature"}
+    demand(message.keys() | optional >= wanted >= message.keys(), "keys")
     return message
 
 

@@ -18,7 +18,10 @@ from packaging.requirements import Requirement
 
 from musplit.cli import main
 
-PLAIN = {"backports.zstd", "click", "msgspec", "numpy", "onnxruntime", "paho-mqtt", "psutil"}
+PLAIN = {
+    "backports.zstd", "click", "cryptography", "msgspec", "numpy", "onnxruntime", "paho-mqtt",
+    "psutil",
+}  # fmt: skip
 EXTRAS = ("torch", "onnx", "onnxscript", "matplotlib", "amqtt", "rich", "sklearn")
 CONFIG = {**TINY, "devices.count": 1}
 # Python imports this module at its start when the import path holds it.

@@ -33,6 +33,7 @@ WELCOME = m.Welcome(
     directions_sha256=DIGEST, lam=0.005, batch=32, directions=0, rounds=TOP_32,
     encoding="int8", compression="zstd", next_round=TOP_32,
     feedback="cut_gradient", optimiser="adam", momentum=0.5, beta2=0.99, asynchronous=True,
+    bundle_signature=bytes(range(64)),
 )  # fmt: skip
 COMMIT = m.Commit(
     run=1, round=2, eta_c=0.5, eta_g=1.0, client_sha256=DIGEST,
@@ -141,7 +142,7 @@ def test_unknown_keys_and_types_are_refused(decode: Decode, message: Message) ->
 @every_message
 def test_a_missing_field_is_refused(decode: Decode, message: Message) -> None:
     whole = fields(message)
-    for name in set(whole) - {"client_sha256"}:  # has a default
+    for name in set(whole) - {"client_sha256", "bundle_signature"}:  # have defaults
         without = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(MessageError, match=name):
             decode(sealed(msgspec.msgpack.encode(without)))

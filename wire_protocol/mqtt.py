@@ -228,9 +228,10 @@ class Link:
                 if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                     raise TransportError(self._explained(error)) from error
                 if time.monotonic() >= deadline_s:
+                    tls = ", is that the port of its TLS listener (8883)" if self._tls else ""
                     raise TransportError(
                         f"broker {self.address} cannot be reached ({error.strerror or error}): "
-                        "is it running, and are host and port right?"
+                        f"is it running{tls}, and are host and port right?"
                     ) from error
                 time.sleep(0.2)
 

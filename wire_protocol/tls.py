@@ -27,6 +27,7 @@ _ALERTS: Final = {
     "protocol version": "it does not speak TLS 1.3",
     "handshake failure": "it does not take our certificate, or wants other ciphers",
 }
+_COMMON_NAME: Final = b"\x06\x03\x55\x04\x03"  # its object identifier in DER
 _NOT_YET_VALID: Final = 9  # X509_V_ERR_*, openssl/x509_vfy.h
 _EXPIRED: Final = 10
 _WRONG_CA: Final = (2, 7, 18, 19, 20, 21)
@@ -96,6 +97,21 @@ def check_private(key: Path) -> None:
         )
 
 
+def own_name(certificate: Path) -> str:
+    """The common name in a certificate of the lab, or nothing; only to tell of a mistake early.
+
+    In DER the subject's comes last. Raises IdentityError.
+    """
+    try:
+        der = ssl.PEM_cert_to_DER_cert(certificate.read_text(encoding="ascii"))
+    except (OSError, ValueError) as error:
+        raise IdentityError(
+            f"{certificate}: no certificate here; enrol this machine: musplit enroll"
+        ) from error
+    _, found, rest = der.rpartition(_COMMON_NAME)
+    return rest[2 : 2 + rest[1]].decode("utf-8", "replace") if found and len(rest) > 1 else ""
+
+
 def tls_for(address: Address, identity: Path | None, *, insecure: bool) -> TlsFiles | None:
     """The files to speak TLS with, or None for a plain link, which is refused beyond loopback.
 
@@ -116,6 +132,8 @@ def explain(error: ssl.SSLError, peer: str) -> str:
     now = time.strftime("this machine's clock says %Y-%m-%d %H:%M UTC", time.gmtime())
     if isinstance(error, ssl.SSLCertVerificationError):
         return _distrust(error, peer, now)
+    if isinstance(error, ssl.SSLEOFError):
+        return f"{peer} cut the connection before TLS was up; is this the port of its TLS listener?"
     reason = (error.reason or str(error)).replace("_", " ").lower()
     for alert, text in _ALERTS.items():
         if "alert" in reason and alert in reason:
