@@ -243,6 +243,14 @@ def test_the_system_of_a_fresh_card_is_found_out_for_every_board(tmp_path, name,
             detect(card, known, None)
 
 
+def test_a_token_of_another_device_is_refused_and_not_shown(desk, tmp_path):
+    card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
+    done = desk.flash("--boot-dir", str(card), *desk.secure(), device_id="pi-2")
+    assert done.exit_code == 3
+    assert "not a token for 'pi-2'" in done.stderr
+    assert TOKEN.partition(":")[2] not in done.output
+
+
 def test_a_release_that_is_not_supported_says_what_to_take(desk, tmp_path):
     card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
     done = desk.flash("--boot-dir", str(card), "--insecure", "--system", "bullseye")

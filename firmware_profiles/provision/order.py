@@ -93,6 +93,11 @@ class Order(NamedTuple):
             raise FlashError(
                 f"--broker {self.broker!r}: write HOST or HOST:PORT, e.g. 192.168.1.10"
             )
+        name = self.lab.token.partition(":")[0]  # a token begins with the device it is for
+        if self.lab.secure and name != self.device_id:
+            raise FlashError(
+                f"--token-file: not a token for {self.device_id!r}; make one: musplit ca enroll"
+            )
         if self.lab.secure and not _URL.fullmatch(self.lab.enrol_url):
             raise FlashError(f"--enrol-url {self.lab.enrol_url!r}: write https://HOST:PORT")
 
