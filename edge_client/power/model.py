@@ -29,7 +29,7 @@ class BoardModel(NamedTuple):
     @property
     def text(self) -> str:
         """The formula and its numbers, for the records."""
-        return f"{self.board}: {self.idle_w:.2f} W idle, {self.busy_w:.2f} W computing, +-40 %"
+        return f"{self.idle_w:.2f} W idle, {self.busy_w:.2f} W computing"
 
     def energy(self, busy_s: float, idle_s: float) -> EnergyModelled:
         """The energy of so many seconds of either kind."""
@@ -67,8 +67,8 @@ def board_model(board: str, power: Power, cores: int, threads: int) -> BoardMode
     """The model of a board by its profile's name, power and cores; `threads` of them compute."""
     idle, load = power.idle, power.load
     utilisation = min(1.0, threads / cores)
-    source = f"idle: {idle.confidence}, {idle.source}; load: {load.confidence}, {load.source}"
+    source = f"profile {board}: idle {idle.confidence}, load {load.confidence}"
     return BoardModel(
         board, idle.value_w, idle.value_w + (load.value_w - idle.value_w) * utilisation,
-        idle.boundary, source[:200],
+        idle.boundary, source,
     )  # fmt: skip
