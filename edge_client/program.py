@@ -36,7 +36,9 @@ def run_device(
     topics = Topics(check_name(settings.fleet, "fleet"))
     shard = load_shard(data)
     notifier = Notifier.from_environment()
-    energy = energy_source(choice, settings.threads, say)  # idle is measured before the work
+    about_energy: list[str] = []  # told once the broker has answered
+    # Idle is measured before the work.
+    energy = energy_source(choice, settings.threads, about_energy.append)
     try:
         store = StateStore(state)
         try:
@@ -50,6 +52,8 @@ def run_device(
             link.open(connect_s)
             notifier.ready()
             _greet(settings.device_id, link, say, encrypted=tls is not None)
+            for line in about_energy:
+                say(line)
             agent = Agent(settings, epoch, shard, store, link, say, energy, notifier.alive)
             _take_part(agent, link, choice, say)
         finally:

@@ -68,7 +68,7 @@ def emulate(
             "energy is not measured here: emulated devices stand for boards, and their energy is "
             "modelled; leave out --require-measured, or run boards with musplit serve", 8
         )  # fmt: skip
-    with guarded():
+    with guarded("emulation"):
         from musplit.emulation import run_emulation
 
         if fleet is not None and clients is not None:
@@ -119,7 +119,7 @@ def plan(
     musplit plan mlp:64-32-32-10 --fleet lab.toml --target 0.8 --out plan
     musplit simulate plan/plan.toml
     """
-    with guarded():
+    with guarded("emulation"):
         from studies.planner.fleet import load_fleet
         from studies.planner.plan import base_config
         from studies.planner.plan import plan as make_plan
@@ -161,7 +161,7 @@ def simulate(
     musplit simulate big.toml --set devices.count=1000 --set devices.participants=100
     musplit simulate other.toml --fit runs/digits-20260101-120000
     """
-    with guarded():
+    with guarded("emulation"):
         from musplit.simulation import run_simulation
 
         path = config or default_config()
@@ -214,7 +214,7 @@ def study(
     musplit study feedback --show > mine.toml
     musplit study mine.toml --seeds 5 --set run.rounds=100
     """
-    with guarded():
+    with guarded("emulation"):
         if listing:
             from musplit.study import print_library
 

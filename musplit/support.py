@@ -49,8 +49,11 @@ def fail(text: str, code: int) -> NoReturn:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Turn what a user can cause into one line and an exit code; SIGTERM ends like Ctrl-C."""
+def guarded(extra: str = "") -> Iterator[None]:
+    """Turn what a user can cause into one line and an exit code; SIGTERM ends like Ctrl-C.
+
+    `extra` is the one that the command needs, whichever of its packages is missed first.
+    """
     from wire_protocol.errors import MusplitError
 
     if threading.current_thread() is threading.main_thread():
@@ -60,10 +63,10 @@ def guarded() -> Iterator[None]:
     except MusplitError as error:
         fail(str(error), error.exit_code)
     except ImportError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
+        found = _EXTRAS.get((error.name or "").partition(".")[0])
+        if found is None:
             raise
-        fail(f"this command needs {error.name}: pip install 'musplit[{extra}]'", 3)
+        fail(f"this command needs {error.name}: pip install 'musplit[{extra or found}]'", 3)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(INTERRUPTED)
