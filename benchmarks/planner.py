@@ -49,7 +49,7 @@ class Task(NamedTuple):
 TASKS: Final = {
     "digits": Task("mlp:64-32-32-10", 0.65, 100, 87_600_000, ()),
     "fashion_mnist": Task(
-        "mlp:196-32-32-10", 0.50, 40, 87_680_000, ("data.pool=2", "data.standardise=feature")
+        "mlp:196-32-32-10", 0.40, 40, 87_680_000, ("data.pool=2", "data.standardise=feature")
     ),
 }
 DEVICES: Final = 4
