@@ -1,11 +1,13 @@
 """Advice of the planner beside the exhaustive best, on fleets that it has not seen.
 
-Once, the rounds to the target of every setting of a grid are measured: digits, an MLP of three
-layers, four devices. Then fleets are drawn by seed. For each the planner measures a few settings
-of its choice (the answers come from the table), and its advice is compared with the exhaustive
-best over the whole grid, in seconds of the rounds that a simulation of that fleet would draw.
+Once, the rounds to the target of every setting of a grid are measured: an MLP of three layers,
+four devices, on the digits or on Fashion-MNIST. Then fleets are drawn by seed. For each the
+planner measures a few settings of its choice (the answers come from the table), and its advice is
+compared with the exhaustive best over the whole grid, in seconds of the rounds that a simulation of
+that fleet would draw.
 
-    .venv/bin/python benchmarks/planner.py --fleets 200 --budget 12
+    .venv/bin/python benchmarks/planner.py digits --fleets 200 --budget 12
+    .venv/bin/python benchmarks/planner.py fashion_mnist --data path/to/the/idx/files
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -32,23 +34,39 @@ from studies.planner.plan import base_config
 from studies.planner.search import Found, search
 from studies.planner.timing import draw_rounds, round_seconds
 
-MODEL: Final = "mlp:64-32-32-10"
-TARGET: Final = 0.65
-ROUNDS: Final = 100
+
+class Task(NamedTuple):
+    """What is learned, and to where: accuracy on the held-out part within so many rounds."""
+
+    model: str
+    target: float
+    rounds: int
+    # Between what 4 and what 16 directions in float32 need on a device (studies/planner/limits.py).
+    tight_bytes: int
+    overrides: tuple[str, ...]
+
+
+TASKS: Final = {
+    "digits": Task("mlp:64-32-32-10", 0.65, 100, 87_600_000, ()),
+    "fashion_mnist": Task(
+        "mlp:196-32-32-10", 0.40, 40, 87_680_000, ("data.pool=2", "data.standardise=feature")
+    ),
+}
 DEVICES: Final = 4
 GRID: Final = Search(tau=[1, 4, 16], directions_client=[4, 16])
 LEAST: Final = 4
-# Between what 4 and what 16 directions in float32 need on a device (studies/planner/limits.py).
-TIGHT_BYTES: Final = 87_600_000
 
 
-def draw_fleet(random: np.random.Generator) -> Fleet:
-    """Two kinds of devices, speeds and rates log-uniform over two to three decades."""
+def draw_fleet(random: np.random.Generator, tight_bytes: int) -> Fleet:
+    """Two kinds of devices, speeds and rates log-uniform over two to three decades.
+
+    A quarter of the fleets has no more memory than `tight_bytes` a device.
+    """
 
     def between(low: float, high: float) -> float:
         return float(np.exp(random.uniform(np.log(low), np.log(high))))
 
-    memory = TIGHT_BYTES if random.random() < 0.25 else 500_000_000
+    memory = tight_bytes if random.random() < 0.25 else 500_000_000
     kinds = [
         DeviceKind(
             name, memory, between(3e3, 3e6), between(1e5, 1e7), count=DEVICES // 2,
@@ -63,12 +81,12 @@ def draw_fleet(random: np.random.Generator) -> Fleet:
     return Fleet(kinds, server, delays, GRID)
 
 
-def measure_all(table: LearningTable, options: Options) -> dict[Probe, Observed]:
+def measure_all(table: LearningTable, options: Options, task: Task) -> dict[Probe, Observed]:
     """Every setting of the grid."""
     answers: dict[Probe, Observed] = {}
     for probe in options.round_s:
         config = probe_config(options.config(probe), GRID.holdout)
-        answers[probe] = table.observe(config, TARGET, ROUNDS)
+        answers[probe] = table.observe(config, task.target, task.rounds)
         print(f"{len(answers)}/{len(options.round_s)} {probe}: {answers[probe]}", file=sys.stderr)
     return answers
 
@@ -84,7 +102,7 @@ def judge(
         late = seen.rounds is not None and seen.rounds > limit
         return Observed(None, diverged=False) if late else seen
 
-    found = search(options.round_s, observe, budget, ROUNDS, LEAST)
+    found = search(options.round_s, observe, budget, base.run.rounds, LEAST)
     reached = [one for one in found if one.rounds is not None]
     if not reached:  # the planner says so and advises nothing
         return {"ratio": math.inf, "advice": "", "best": "", "measured": len(found),
@@ -118,22 +136,27 @@ def _simulated_s(options: Options, probe: Probe, rounds: int) -> float:
 def main() -> None:
     """Print the median and the worst ratio; write all of them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", help="where the data lie, as musplit plan --data")
     parser.add_argument("--fleets", type=int, default=200)
     parser.add_argument("--budget", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs") / "planner")
     arguments = parser.parse_args()
+    task = TASKS[arguments.task]
     random = np.random.default_rng(arguments.seed)
     roomy = msgspec.structs.replace
-    fleet = draw_fleet(random)
+    fleet = draw_fleet(random, task.tight_bytes)
     fleet = roomy(fleet, device=[roomy(k, memory_bytes=1 << 40) for k in fleet.device])
-    base = base_config(MODEL, fleet, None, [f"run.rounds={ROUNDS}"])
+    data_at = [f"data.source={arguments.data}"] if arguments.data else []
+    overrides = [f"run.rounds={task.rounds}", *task.overrides, *data_at]
+    base = base_config(task.model, fleet, None, overrides)
     data = load_dataset(base.data)
     model = model_cuts(base, data)
     table = LearningTable(arguments.out / "rounds.json", data, model.source)
-    answers = measure_all(table, Options(fleet, base, model))
+    answers = measure_all(table, Options(fleet, base, model), task)
     rows = [
-        judge(draw_fleet(random), base, model, answers, arguments.budget)
+        judge(draw_fleet(random, task.tight_bytes), base, model, answers, arguments.budget)
         for _ in range(arguments.fleets)
     ]
     (arguments.out / "fleets.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
