@@ -3,6 +3,7 @@
 mlp:64-32-32-10    widths, input first, classes last; ReLU between
 lenet              LeNet-5 for 28x28 (LeCun et al. 1998)
 alexnet            the AlexNet for 32x32 of GAS (AAAI 2025): 3,868,746 parameters; takes 28x28 too
+alexnet-white      the same, started from whitening filters and orthogonal layers (export/start.py)
 resnet18           ResNet-18 (arXiv 1512.03385) with a 3x3 stem and GroupNorm
 resnet18-bn        the same with BatchNorm, whose statistics are frozen
 mobilenetv2        MobileNetV2 (arXiv 1801.04381) for small images, with GroupNorm
@@ -26,10 +27,12 @@ from typing import Final, NamedTuple
 from torch import Tensor, nn
 
 from export.errors import ModelError
+from export.start import start_white
 from export.stem import build_stem
 
 NAMES: Final = (
-    "mlp:64-32-32-10, lenet, alexnet, resnet18, resnet18-bn, mobilenetv2, mobilenetv2-bn, stem:256"
+    "mlp:64-32-32-10, lenet, alexnet, alexnet-white, resnet18, resnet18-bn, mobilenetv2, "
+    "mobilenetv2-bn, stem:256"
 )
 _SIDE: Final = 32
 # Width of a group of GroupNorm; narrow layers make one group of all their channels.
@@ -62,9 +65,12 @@ def build_zoo(name: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
     if kind == "lenet":
         options = _options(name, argument, channels=1, width=6)
         return _lenet(options), (options.channels, 28, 28)
-    if kind == "alexnet":
+    if kind in ("alexnet", "alexnet-white"):
         options = _options(name, argument, channels=3, width=32)
-        return _alexnet(options), _image(name, options, sample)
+        model = _alexnet(options)
+        return (start_white(model) if kind.endswith("-white") else model), _image(
+            name, options, sample
+        )
     if kind == "stem":
         image = _stem_image(name, sample)
         return build_stem(name, image), image

@@ -17,7 +17,7 @@ from server_node.samples import Dataset
 from server_node.torch_half import Scores
 from wire_protocol.manifest import Manifest, misfit, prepare_inputs
 
-_ROWS: Final = 1024
+_ROWS: Final = 256
 
 
 class Evaluator:

@@ -8,7 +8,8 @@ devices: base, one working copy, their optimiser states, a gradient, and the sum
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from server_node.flat import aligned_rows, bind
 from server_node.guards import Guards
 from server_node.optimisers import OptimiserRule, OptimiserState, build_optimiser
 from server_node.torch_half import ActivationBatch, Scores, TorchHalf, Turn, as_float32
+
+# Vectors in float64 are made of so many elements at a time, which stay in the processor's cache.
+_CHUNK: Final = 1 << 16
 
 Vector = NDArray[np.float32]
 
@@ -37,22 +41,26 @@ class ExactSum:
 
     def clear(self) -> None:
         """Begin anew."""
-        self._high.zero_()
-        self._low.zero_()
+        if self.count > 1:
+            self._low.zero_()  # what the first vector leaves there
         self.count = 0
 
     def add(self, vector: torch.Tensor) -> None:
         """Add one vector."""
-        addend = vector.double()
-        total = self._high + addend
-        rounded = total - self._high
-        self._low += (self._high - (total - rounded)) + (addend - rounded)
-        self._high.copy_(total)
+        if not self.count:
+            self._high.copy_(vector)
+        else:
+            for part in _parts(len(vector)):
+                high, addend = self._high[part], vector[part].double()
+                total = high + addend
+                rounded = total - high
+                self._low[part] += (high - (total - rounded)) + (addend - rounded)
+                high.copy_(total)
         self.count += 1
 
-    def mean(self) -> torch.Tensor:
-        """Mean of what was added, float64."""
-        mean: torch.Tensor = (self._high + self._low) / self.count
+    def mean(self, part: slice) -> torch.Tensor:
+        """Mean of what was added, float64, of some elements."""
+        mean: torch.Tensor = (self._high[part] + self._low[part]) / self.count
         return mean
 
 
@@ -139,7 +147,7 @@ class FirstHalf(TorchHalf):
         size = len(self._working)
         self._copy[:size] = self._working
         self._state.read(self._copy[size:])
-        finite = bool(torch.isfinite(self._copy).all())
+        finite = all(bool(torch.isfinite(self._copy[p]).all()) for p in _parts(len(self._copy)))
         if finite:
             self._sum.add(self._copy)
         return finite
@@ -149,9 +157,11 @@ class FirstHalf(TorchHalf):
         """What `commit` would make of the base weights (d_s,)."""
         if not self._sum.count:
             return self.weights.copy()
-        base = self._base.double()
-        after = base + eta_g * (self._sum.mean()[: len(self._working)] - base)
-        found: Vector = after.float().cpu().numpy()
+        after = torch.empty_like(self._base)
+        for part in _parts(len(after)):
+            base = self._base[part].double()
+            after[part] = base + eta_g * (self._sum.mean(part) - base)
+        found: Vector = after.cpu().numpy()
         return found
 
     @torch.inference_mode()
@@ -166,10 +176,13 @@ class FirstHalf(TorchHalf):
         """Step the base: x += eta_g (mean of the copies - x); the optimiser state is their mean."""
         if self._sum.count:
             size = len(self._working)
-            mean = self._sum.mean()
-            base = self._base.double()
-            self._base.copy_(base + eta_g * (mean[:size] - base))
-            self._base_state = mean[size:].float()
+            for part in _parts(size):
+                base = self._base[part].double()
+                self._base[part] = base + eta_g * (self._sum.mean(part) - base)
+            state = torch.empty_like(self._copy[size:])
+            for part in _parts(len(state)):
+                state[part] = self._sum.mean(slice(size + part.start, size + part.stop))
+            self._base_state = state
         self._sum.clear()
         self._held = None
 
@@ -192,3 +205,7 @@ class FirstHalf(TorchHalf):
         self._working.copy_(self._base)
         self._held = None
         return self._scores(h, labels)
+
+
+def _parts(size: int) -> Iterator[slice]:
+    return (slice(first, min(first + _CHUNK, size)) for first in range(0, size, _CHUNK))

@@ -66,14 +66,16 @@ _DECODER: Final = msgspec.msgpack.Decoder(StoredFrame | StoredRound)
 
 
 class FramesWriter:
-    """Appends rounds; they are on the disk when a call returns. Raises JournalError."""
+    """Appends rounds, on the disk when a call returns if `durable`. Raises JournalError."""
 
     def __init__(
-        self, folder: Path, size_bytes: int = 0, stored: dict[int, int] | None = None
-    ) -> None:
+        self, folder: Path, size_bytes: int = 0, stored: dict[int, int] | None = None, *,
+        durable: bool = True,
+    ) -> None:  # fmt: skip
         """Begin a file, or continue one behind `size_bytes`; `stored`: device -> latest round."""
         self._path = folder / FRAMES_FILE
         self._stored = stored or {}
+        self._durable = durable
         if not size_bytes:
             _begin(self._path)
         self._file = self._path.open("r+b", buffering=0)
@@ -89,7 +91,8 @@ class FramesWriter:
             rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self.size_bytes)

@@ -87,7 +87,8 @@ class Ledger:
         """
         joined = [DeviceJoined(index, device_id) for index, device_id in devices]
         journal = JournalWriter(folder / JOURNAL_FILE, header, *joined, durable=not virtual)
-        frames = FramesWriter(folder) if header.server_order == "first" else None
+        first = header.server_order == "first"
+        frames = FramesWriter(folder, durable=not virtual) if first else None
         return cls(
             folder, journal, NOTHING_RECORDED, resume=False, frames=frames, virtual=virtual
         )  # fmt: skip

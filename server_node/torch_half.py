@@ -17,7 +17,7 @@ from torch.nn import functional
 
 # Loss differences are measured in batches of at most this many activations.
 _MEASURE_ROWS: Final = 4096
-_EVALUATE_ROWS: Final = 1024
+_EVALUATE_ROWS: Final = 256
 
 Vector = NDArray[np.float32]
 

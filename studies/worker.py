@@ -17,6 +17,7 @@ import msgspec
 
 from studies.backends import compute
 from studies.cells import Spec, write_cell
+from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.errors import MusplitError
 
 
@@ -52,6 +53,7 @@ def _compute(task: Task) -> Done:
 
 def main() -> None:
     """Compute what comes in."""
+    keep_freed_memory()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     tasks: queue.Queue[bytes] = queue.Queue()

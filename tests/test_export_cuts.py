@@ -241,6 +241,7 @@ def test_constants_are_made_on_the_device_of_what_comes_in(tmp_path):
     ("name", "parameters"),
     [
         ("alexnet", 3_868_746),  # GAS (AAAI 2025)
+        ("alexnet-white", 3_868_746),
         ("alexnet:10:c1", 3_868_170),
         ("alexnet:10:w8", 243_354),
         ("resnet18", 11_173_962),

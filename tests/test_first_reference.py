@@ -122,7 +122,7 @@ def test_the_sum_of_copies_has_the_same_bits_in_every_order():
         total = ExactSum(500, torch.device("cpu"))
         for row in generator.permutation(9):
             total.add(addends[row])
-        results.add(total.mean().float().numpy().tobytes())
+        results.add(total.mean(slice(0, 500)).float().numpy().tobytes())
     assert len(results) == 1
 
 
