@@ -79,11 +79,19 @@ def enrol(
     authority = read_certificate(ca, "copy the lab's ca.pem there")
     _check_clock(authority, now_s)
     make_folder(folder)
+    pinned = folder / SIGNER_FILE
+    signer = read(pinned, _REMEDY) if pinned.exists() else b""
     key = _own_key(folder)
     answer = _ask(url, ca, Request(token, request(name, key).decode()))
     certificate = _checked(answer, authority, key, name)
+    # The service shows the broker's certificate; what the lab gave by hand is worth more.
+    if signer and signer.split() != answer.signer.encode().split():
+        raise EnrolmentError(
+            f"the service's signer.pub is another than {pinned}: is it the lab's service? If the "
+            "lab has a new one, remove that file and enrol again"
+        )
     write_public(folder / CA_FILE, read(ca, _REMEDY))
-    write_public(folder / SIGNER_FILE, answer.signer.encode())
+    write_public(pinned, answer.signer.encode())
     # Last: with it the identity is there.
     write_public(folder / CERTIFICATE_FILE, answer.certificate.encode())
     return Enrolled(name, int(certificate.not_valid_after_utc.timestamp()), True)

@@ -142,6 +142,17 @@ def test_an_authority_is_not_made_twice_and_says_when_it_is_missing(lab, tmp_pat
         lab.authority.new_token("_server.lab", 60, lab.now_s)
 
 
+@pytest.mark.parametrize("host", ["", "a b", "b\u00fccher", "x\ny", "-x", "h:1"])
+def test_hosts_that_no_certificate_can_name_are_refused_before_anything_is_made(
+    lab, tmp_path, host
+):
+    with pytest.raises(AuthorityError, match="--host .*write an address"):
+        Authority.init(tmp_path / "new", ["lab"], [host], lab.now_s)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(AuthorityError, match="--host"):
+        lab.authority.set_hosts(["192.168.1.10", host], lab.now_s)
+
+
 def test_a_group_readable_key_is_refused_with_the_remedy(lab):
     key = lab.folder / "ca" / "ca.key"
     key.chmod(0o640)
