@@ -146,7 +146,7 @@ def test_an_authority_is_not_made_twice_and_says_when_it_is_missing(lab, tmp_pat
 def test_hosts_that_no_certificate_can_name_are_refused_before_anything_is_made(
     lab, tmp_path, host
 ):
-    with pytest.raises(AuthorityError, match="--host .*write an address"):
+    with pytest.raises(AuthorityError, match=r"--host .*write an address"):
         Authority.init(tmp_path / "new", ["lab"], [host], lab.now_s)
     assert not (tmp_path / "new").exists()
     with pytest.raises(AuthorityError, match="--host"):

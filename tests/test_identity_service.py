@@ -194,7 +194,7 @@ def test_a_signer_that_the_lab_gave_by_hand_is_not_replaced(site, tmp_path):
     board.mkdir(mode=0o700)
     theirs = Lab(tmp_path / "other").ca.with_name("signer.pub").read_bytes()
     (board / "signer.pub").write_bytes(theirs)
-    with pytest.raises(EnrolmentError, match="another than .*signer.pub"):
+    with pytest.raises(EnrolmentError, match=r"another than .*signer\.pub"):
         site.enrol(board, token)
     assert (board / "signer.pub").read_bytes() == theirs
     (board / "signer.pub").write_bytes(site.lab.ca.with_name("signer.pub").read_bytes())
