@@ -215,7 +215,7 @@ def _parse_configuration(data: bytes, folder: Path) -> Configuration:
         if tree.get("format") != FORMAT:
             raise EvidenceError(f"{where}: not of format {FORMAT}; use the musplit that wrote it")
         return msgspec.convert(tree, Configuration)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except (ValueError, RecursionError) as error:  # of tomllib and msgspec alike
         raise EvidenceError(f"{where}: {error}") from error
 
 
