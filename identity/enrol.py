@@ -152,7 +152,7 @@ def _ask(url: str, ca: Path, body: Request) -> Answer:
             data = response.read(MAX_BYTES)
         except ssl.SSLError as error:
             raise TransportError(explain(error, peer)) from error
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise TransportError(
                 f"{peer} cannot be reached ({reason}): does `musplit ca serve` run there?"

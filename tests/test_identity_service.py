@@ -148,8 +148,9 @@ def test_urls_are_checked(tmp_path, site, url):
 
 def test_nobody_there(tmp_path, site):
     url = f"https://{LOOPBACK}:9"
-    with pytest.raises(TransportError, match="musplit ca serve"):
-        enrol(url, site.lab.ca, site.token(), tmp_path / "b", "", site.now_s)
+    for where in (url, "https://a..b"):
+        with pytest.raises(TransportError, match="musplit ca serve"):
+            enrol(where, site.lab.ca, site.token(), tmp_path / "b", "", site.now_s)
 
 
 @pytest.mark.parametrize(
