@@ -91,10 +91,10 @@ class Authority:
         for host in hosts:
             check_host(host)
         ours = cls(folder)
-        if ours._file.exists:
-            raise AuthorityError(f"{folder}: holds an authority already; give another --dir")
         make_folder(folder)
         with ours._file.locked():
+            if ours._file.exists:
+                raise AuthorityError(f"{folder}: holds an authority already; give another --dir")
             issuer = authority("musplit lab", utc(now_s), timedelta(days=CA_DAYS))
             write_private(folder / CA_KEY_FILE, key_pem(issuer.key))
             write_public(folder / CA_FILE, pem(issuer.certificate))

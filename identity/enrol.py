@@ -35,6 +35,7 @@ from identity.errors import EnrolmentError
 from identity.exchange import DEFAULT_PORT, MAX_BYTES, PATH, Answer, Refusal, Request
 from identity.files import (
     SIGNER_FILE,
+    locked,
     make_folder,
     read,
     write_private,
@@ -69,7 +70,7 @@ def enrol(
     token says which device it is for. Raises IdentityError, EnrolmentError, TransportError.
     """
     there = _valid(folder, device_id, now_s)
-    if there is not None and (not token or there.expires_unix_s - now_s > RENEW.total_seconds()):
+    if there is not None and _lasts(there, token, now_s):
         return there
     if not token:
         raise IdentityError(f"{folder}: holds no valid certificate, and no token is given")
@@ -79,6 +80,20 @@ def enrol(
     authority = read_certificate(ca, "copy the lab's ca.pem there")
     _check_clock(authority, now_s)
     make_folder(folder)
+    with locked(folder):
+        there = _valid(folder, device_id, now_s)  # another program may have been faster
+        if there is not None and _lasts(there, token, now_s):
+            return there
+        return _redeem(url, ca, token, folder, authority)
+
+
+def _lasts(there: Enrolled, token: str, now_s: float) -> bool:
+    return not token or there.expires_unix_s - now_s > RENEW.total_seconds()
+
+
+def _redeem(url: str, ca: Path, token: str, folder: Path, authority: x509.Certificate) -> Enrolled:
+    """Change the token for a certificate of the key in `folder`."""
+    name = token.partition(":")[0]
     pinned = folder / SIGNER_FILE
     signer = read(pinned, _REMEDY) if pinned.exists() else b""
     key = _own_key(folder)

@@ -45,8 +45,12 @@ _EXTRAS = {
 
 
 def fail(text: str, code: int) -> NoReturn:
-    """One line on stderr, and an exit code that docs/commands.md explains."""
-    print(f"musplit: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    """One line on stderr, and an exit code that docs/commands.md explains.
+
+    Files and peers may have put control characters into it, which could steer a terminal.
+    """
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    print(f"musplit: error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

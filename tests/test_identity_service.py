@@ -261,6 +261,19 @@ def test_silent_strangers_are_cut_and_others_served_meanwhile(site, tmp_path, mo
     assert time.monotonic() - begin_s < 5
 
 
+def test_two_programs_that_enrol_one_board_at_once_leave_one_identity(site, tmp_path):
+    board, token, done = tmp_path / "board", site.token(), []
+    threads = [
+        threading.Thread(target=lambda: done.append(site.enrol(board, token))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(d.fresh for d in done) == [False, False, True]
+    TlsFiles.in_folder(board).context()
+
+
 def test_two_boards_with_one_token_one_gets_in(site):
     """Both requests at once: the ledger's lock decides."""
     token, outcomes = site.token(), []

@@ -104,4 +104,7 @@ class Order(NamedTuple):
     @property
     def hostname(self) -> str:
         """The device id as a host name."""
-        return re.sub(r"[^a-z0-9-]+", "-", self.device_id.lower()).strip("-")[:63].rstrip("-") or "musplit"
+        return (
+            re.sub(r"[^a-z0-9-]+", "-", self.device_id.lower()).strip("-")[:63].rstrip("-")
+            or "musplit"
+        )
