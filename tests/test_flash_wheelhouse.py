@@ -113,7 +113,7 @@ def test_a_damaged_or_half_written_wheelhouse_is_built_again(tmp_path, monkeypat
     profile, folder = load_profile("rpi-4b"), tmp_path / "w"
     module = "firmware_profiles.provision.wheelhouse."
     monkeypatch.setattr(f"{module}own_wheel", lambda scratch: scratch)
-    monkeypatch.setattr(f"{module}_pins", lambda own, pin: {})
+    monkeypatch.setattr(f"{module}_pins", lambda *_: {})
     built = []
 
     def download(_profile, _image, _pins, scratch):

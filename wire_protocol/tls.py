@@ -76,7 +76,8 @@ def trusting(ca: Path) -> ssl.SSLContext:
 def load_own(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     """Have `context` show a certificate. Raises IdentityError."""
     try:
-        context.load_cert_chain(certificate, key)
+        # A password given, OpenSSL asks nobody for that of an encrypted key.
+        context.load_cert_chain(certificate, key, password="")
     except (OSError, ssl.SSLError) as error:
         raise IdentityError(
             f"{certificate}: certificate and key {key.name} cannot be used ({_plain(error)}); "
