@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.serialization import (
@@ -86,6 +86,15 @@ def read_certificate(path: Path, remedy: str) -> x509.Certificate:
         return x509.load_pem_x509_certificate(read(path, remedy))
     except ValueError as error:
         raise IdentityError(f"{path}: no certificate; {remedy}") from error
+
+
+def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether the authority signed it."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def authority(name: str, now: datetime, valid: timedelta) -> Issuer:
