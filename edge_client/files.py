@@ -45,7 +45,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_suffix(".new")
     try:
-        with temporary.open("wb") as file:
+        # What lies there may be a link that came with somebody's folder: it is not written through.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             yield file
             sync(file)
         rename(temporary, path)

@@ -22,6 +22,7 @@ from emulation.errors import ListenError
 from emulation.processes import last_line, processes
 from identity.access import ACL_FILE, CRL_FILE, Listener, mosquitto_configuration
 from identity.files import BROKER_KEY_FILE
+from wire_protocol.messages import printable
 from wire_protocol.mqtt import Address
 from wire_protocol.tls import check_private
 
@@ -130,7 +131,7 @@ def _tell(log: Path, told: int, say: Callable[[str], None]) -> int:
             if not line.endswith(b"\n"):
                 break
             told += len(line)
-            say(line.decode(errors="replace").strip())
+            say(printable(line.decode(errors="replace").strip()))  # a stranger's words, some
     return told
 
 

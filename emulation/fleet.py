@@ -89,12 +89,12 @@ def load_fleet(path: Path) -> list[EmulatedDevice]:
         fleet = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), FleetFile)
     except OSError as error:
         raise FleetFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FleetFileError(f"{path}: not TOML: {error}") from error
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         name = where.strip("`.") or "the file"
         raise FleetFileError(f"{path}: {name}: {what}; see docs/profiles.md") from error
+    except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
+        raise FleetFileError(f"{path}: not TOML: {error}") from error
     host = _profile(path, "host", fleet.host)
     devices: list[EmulatedDevice] = []
     for number, entry in enumerate(fleet.device):

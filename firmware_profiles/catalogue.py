@@ -15,6 +15,7 @@ from firmware_profiles.errors import ProfileError
 from firmware_profiles.schema import Profile
 
 _SUFFIX: Final = ".toml"
+_MAX_BYTES: Final = 1 << 20
 
 
 def load_profile(name_or_path: str) -> Profile:
@@ -44,11 +45,15 @@ def load_profile(name_or_path: str) -> Profile:
 def read_profile(path: Path) -> Profile:
     """A user's own file. Raises ProfileError, one line that names file, field and remedy."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        text = data.decode("utf-8")
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ProfileError(f"{path}: not a text file in UTF-8") from error
+    if len(data) > _MAX_BYTES:
+        raise ProfileError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, so no profile")
     return parse_profile(text, str(path))
 
 
@@ -56,7 +61,7 @@ def parse_profile(text: str, where: str) -> Profile:
     """A profile's TOML; `where` is what errors name. Raises ProfileError."""
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers too long and nests too deep, too
         raise ProfileError(f"{where}: not TOML: {error}") from error
     try:
         profile = msgspec.convert(tree, Profile)

@@ -23,11 +23,12 @@ Sensor = Literal[
     "pmic", "ina219", "ina226", "ina260", "ina3221", "rapl", "usb-csv", "bench-csv", "plug-http",
     "plug-mqtt", "model",
 ]  # fmt: skip
-Name = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9.-]{0,39}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9.-]{0,39}\Z")]
 Text = Annotated[str, Meta(min_length=1)]
 Positive = Annotated[float, Meta(gt=0, lt=1e15)]
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-Release = Annotated[str, Meta(pattern=r"^\d+(\.\d+)*$")]
+Release = Annotated[str, Meta(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})*\Z")]
+Glibc = Annotated[str, Meta(pattern=r"^2\.[0-9]{1,3}\Z")]
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,7 +78,7 @@ class Image(Table, frozen=True):
     name: Name
     release: Text
     python: Release  # the system's own
-    glibc: Release
+    glibc: Glibc
     first_boot: FirstBoot
     supported: bool
     remedy: Text  # supported: how Python and musplit get there; otherwise: why not, what instead
@@ -116,7 +117,7 @@ class Power(Table, frozen=True):
 class Calibrated(Table, frozen=True):
     """A step of one client bundle as measured on this very board."""
 
-    bundle: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of its manifest
+    bundle: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # SHA-256 of its manifest
     cut: str
     batch: Count
     threads: Count

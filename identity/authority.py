@@ -24,6 +24,7 @@ from identity.certificates import (
     Issuer,
     Purpose,
     authority,
+    check_host,
     issue,
     key_digest,
     key_pem,
@@ -87,11 +88,13 @@ class Authority:
         """
         for fleet in fleets:
             server_name(fleet)
+        for host in hosts:
+            check_host(host)
         ours = cls(folder)
-        if ours._file.exists:
-            raise AuthorityError(f"{folder}: holds an authority already; give another --dir")
         make_folder(folder)
         with ours._file.locked():
+            if ours._file.exists:
+                raise AuthorityError(f"{folder}: holds an authority already; give another --dir")
             issuer = authority("musplit lab", utc(now_s), timedelta(days=CA_DAYS))
             write_private(folder / CA_KEY_FILE, key_pem(issuer.key))
             write_public(folder / CA_FILE, pem(issuer.certificate))
@@ -122,7 +125,9 @@ class Authority:
         return self.folder / SERVERS_FOLDER / fleet
 
     def set_hosts(self, hosts: list[str], now_s: float) -> None:
-        """A new certificate of the broker, for these names and addresses."""
+        """A new certificate of the broker, for these names and addresses. Raises AuthorityError."""
+        for host in hosts:
+            check_host(host)
         with self._file.locked():
             self._file.write(self._certify_broker(self._file.read(), hosts, now_s))
             self._file.audit(now_s, "hosts", BROKER_NAME, hosts=",".join(hosts))

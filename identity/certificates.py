@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256, Hash
 from cryptography.hazmat.primitives.serialization import (
@@ -21,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from identity.errors import EnrolmentError
+from identity.errors import AuthorityError, EnrolmentError
 from identity.files import read
 from wire_protocol.errors import IdentityError
 from wire_protocol.tls import check_private
@@ -29,6 +31,7 @@ from wire_protocol.tls import check_private
 # Boards' clocks are behind: a certificate is valid from a day before it was made.
 BACKDATED: Final = timedelta(days=1)
 _NAME_MAX: Final = 64  # RFC 5280, ub-common-name
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _NOTHING: Final = dict.fromkeys(
     ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
      "encipher_only", "decipher_only", "key_cert_sign", "crl_sign", "digital_signature"), False,
@@ -85,6 +88,15 @@ def read_certificate(path: Path, remedy: str) -> x509.Certificate:
         raise IdentityError(f"{path}: no certificate; {remedy}") from error
 
 
+def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether the authority signed it."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 def authority(name: str, now: datetime, valid: timedelta) -> Issuer:
     """A new self-signed authority that issues no further authorities."""
     key, subject = new_key(), _name(name)
@@ -126,6 +138,18 @@ def issue(
     return builder.sign(issuer.key, SHA256())
 
 
+def check_host(host: str) -> None:
+    """Raise AuthorityError unless a certificate can name this host: an address, or letters."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST_NAME.fullmatch(host):
+            raise AuthorityError(
+                f"--host {host!r}: write an address or a host name of letters, digits, '-' and "
+                "'.', e.g. 192.168.1.10"
+            ) from None
+
+
 def revocation_list(
     issuer: Issuer, revoked: Iterable[tuple[int, datetime]], now: datetime
 ) -> bytes:  # fmt: skip
@@ -158,12 +182,16 @@ def read_request(data: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
         wanted = x509.load_pem_x509_csr(data)
     except ValueError as error:
         raise EnrolmentError("no signing request in PEM") from error
-    key = wanted.public_key()
+    try:
+        key, name = wanted.public_key(), common_name(wanted.subject)
+        signed = wanted.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise EnrolmentError("the signing request is damaged") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise EnrolmentError("the signing request is for no P-256 key")
-    if not wanted.is_signature_valid:
+    if not signed:
         raise EnrolmentError("the signing request is not signed by its key")
-    return common_name(wanted.subject), key
+    return name, key
 
 
 def common_name(name: x509.Name) -> str:

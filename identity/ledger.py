@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -107,12 +108,15 @@ class LedgerFile:
             yield
 
     def audit(self, now_s: float, event: str, device_id: str, **facts: str) -> None:
-        """Add a line to the audit log; never a token or a key."""
+        """Add a line to the audit log; never a token or a key. Raises AuthorityError."""
         path = self.folder / AUDIT_FILE
         when = datetime.fromtimestamp(int(now_s), UTC).isoformat()
         line = json.dumps({"time": when, "event": event, "device": device_id, **facts})
-        new = not path.exists()
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        if new:
-            path.chmod(0o600)
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise AuthorityError(
+                f"{path}: cannot be written ({error.strerror}); free space, or mend its rights"
+            ) from error

@@ -7,6 +7,7 @@ limited, and every outcome is in the audit log. Tokens and keys are in no log.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import threading
@@ -36,6 +37,7 @@ _WINDOW_S: Final = 60.0
 _REFUSALS_AN_ADDRESS: Final = 10
 _REFUSALS: Final = 100
 _ADDRESSES: Final = 1024
+_LENGTH: Final = re.compile(r"[0-9]{1,9}")
 
 
 class RefusalLimit:
@@ -132,11 +134,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Take a request, answer with a certificate or a reason."""
-        service, address = self.server, str(self.client_address[0])
+        service = self.server
+        try:
+            status, answer = self._decide(service, str(self.client_address[0]))
+        except MusplitError as error:  # the authority's folder, a full disk
+            service.say(f"enrolment failed: {error}")
+            status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, Refusal("see the service's log")
+        self._answer(status, answer)
+
+    def _decide(
+        self, service: EnrolmentService, address: str
+    ) -> tuple[HTTPStatus, Answer | Refusal]:
         now_s = service.read_unix_s()
         if service.limit.reached(address, now_s):
-            self._answer(HTTPStatus.TOO_MANY_REQUESTS, Refusal("too many refusals; wait a minute"))
-            return
+            return HTTPStatus.TOO_MANY_REQUESTS, Refusal("too many refusals; wait a minute")
         device_id = ""
         try:
             body = self._body()
@@ -144,23 +155,18 @@ class _Handler(BaseHTTPRequestHandler):
             enrolment = service.authority.redeem(body.token, body.request.encode(), now_s)
         except EnrolmentError as error:
             service.limit.count(address, now_s)
-            service.authority.audit(now_s, "refused", device_id, address=address, reason=str(error))
             service.say(f"refused {device_id or 'a request'} from {address}: {error}")
-            self._answer(HTTPStatus.FORBIDDEN, Refusal(str(error)))
-        except MusplitError as error:  # the authority's folder, a full disk
-            service.say(f"enrolment failed: {error}")
-            self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, Refusal("see the service's log"))
-        else:
-            service.authority.audit(now_s, "enrolled", device_id, address=address)
-            service.say(f"enrolled {device_id} from {address}")
-            answer = Answer(enrolment.certificate.decode(), enrolment.signer.decode())
-            self._answer(HTTPStatus.OK, answer)
+            service.authority.audit(now_s, "refused", device_id, address=address, reason=str(error))
+            return HTTPStatus.FORBIDDEN, Refusal(str(error))
+        service.authority.audit(now_s, "enrolled", device_id, address=address)
+        service.say(f"enrolled {device_id} from {address}")
+        return HTTPStatus.OK, Answer(enrolment.certificate.decode(), enrolment.signer.decode())
 
     def _body(self) -> Request:
         if self.path != PATH:
             raise EnrolmentError(f"there is nothing but POST {PATH} here")
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdecimal() or not 0 < int(length[:9]) <= MAX_BYTES:
+        if not _LENGTH.fullmatch(length) or not 0 < int(length) <= MAX_BYTES:
             raise EnrolmentError(f"a request has 1 to {MAX_BYTES} bytes, and says how many")
         try:
             return msgspec.json.decode(self.rfile.read(int(length)), type=Request)

@@ -101,7 +101,7 @@ def flash(
                 else click.prompt(f"Passphrase of {wifi_ssid}", hide_input=True, err=True)
             )
             wifi = Wifi.of(wifi_ssid, passphrase, wifi_country)
-        key = ssh_key.read_text(encoding="utf-8") if ssh_key is not None else None
+        key = ssh_key.read_text(encoding="utf-8", errors="replace") if ssh_key else None
         order = Order(
             device_id, broker, fleet, profile.runtime.threads, lab, wifi,
             Login.of(user, key) if key is not None else None, shard,

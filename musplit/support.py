@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+_PORT = re.compile(r"[0-9]{1,5}")
 
 
 class FiniteRange(click.FloatRange):
@@ -43,8 +45,12 @@ _EXTRAS = {
 
 
 def fail(text: str, code: int) -> NoReturn:
-    """One line on stderr, and an exit code that docs/commands.md explains."""
-    print(f"musplit: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    """One line on stderr, and an exit code that docs/commands.md explains.
+
+    Files and peers may have put control characters into it, which could steer a terminal.
+    """
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    print(f"musplit: error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -90,9 +96,18 @@ def parse_address(text: str, *, tls: bool = False, default_port: int = 0) -> Any
     if text.endswith("]") or not colon or (text.count(":") > 1 and not text.startswith("[")):
         host, port = text, str(default_port or (DEFAULT_TLS_PORT if tls else DEFAULT_PORT))
     host = host.strip("[]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not _is_host(host) or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
         raise InputError(f"address {text!r}: write HOST or HOST:PORT, e.g. 192.168.1.10:1883")
     return Address(host, int(port))
+
+
+def _is_host(text: str) -> bool:
+    """Whether a resolver can be asked for it, and no configuration file reads it as more."""
+    try:
+        text.encode("idna")
+    except UnicodeError:  # labels that are empty or too long
+        return False
+    return bool(text) and text.isprintable() and not set(text) & set(" /\\#'\"")
 
 
 def broker_options(command: Command) -> Command:

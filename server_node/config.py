@@ -70,7 +70,7 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8")) if path is not None else {}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
         raise ConfigError(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _override(tree, override)
@@ -114,7 +114,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     text = text.strip()
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string
     if _is_text(section, field):  # so is a number where a name belongs: model.cut=3
         value = value if isinstance(value, str) else text

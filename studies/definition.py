@@ -139,14 +139,14 @@ def parse_study(text: str, where: str) -> StudyFile:
     """Read a study. Raises StudyError, naming `where` and the field."""
     try:
         study = msgspec.convert(tomllib.loads(text), StudyFile)
-    except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"{where}: not TOML: {error}") from error
     except msgspec.ValidationError as error:
         what, _, at = str(error).partition(" - at `$")
         at = at.strip("`.")
         raise StudyError(
             f"{where}: {f'{at}: ' if at else ''}{what}; see docs/studies.md"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
+        raise StudyError(f"{where}: not TOML: {error}") from error
     _check(study, where)
     return study
 

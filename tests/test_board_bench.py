@@ -212,6 +212,21 @@ def test_the_edge_is_high_in_every_window_and_only_there(tmp_path, bundle):
         assert down - up < window.seconds + 0.1
 
 
+def test_a_file_that_holds_something_else_is_not_written_to(tmp_path):
+    """The name may come with somebody's evidence, by --resume."""
+    mine, edges = tmp_path / "mine", tmp_path / "edges.csv"
+    mine.write_text("mine")
+    with pytest.raises(GpioError, match="holds something else"):
+        gpio.open_edge(f"file:{mine}")
+    assert mine.read_text() == "mine"
+    for _ in range(2):
+        edge = gpio.open_edge(f"file:{edges}")
+        edge.set(high=True)
+        edge.close()
+    assert edges.read_text().splitlines()[0] == "t_s,level"
+    assert len(edges.read_text().splitlines()) == 3
+
+
 def test_a_line_is_asked_for_as_the_kernel_wants_it():
     # linux/gpio.h on 64 bits: sizes and numbers as a C compiler gives them.
     assert gpio.GET_CHIP_INFO == 0x8044B401

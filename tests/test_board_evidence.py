@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tomllib
 import xml.etree.ElementTree as ET
@@ -143,6 +144,27 @@ def test_a_damaged_manifest_is_one_line(folder, line):
     manifest.write_text(f"{line}\n" + manifest.read_text(), encoding="utf-8")
     with pytest.raises(EvidenceError, match=r"MANIFEST\.sha256"):
         Evidence.open(folder)
+
+
+def test_links_of_a_strangers_evidence_are_not_followed(folder, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in ("report.new", "results.new"):
+        (folder / name).symlink_to(mine)
+    write_report(Evidence.open(folder))
+    assert mine.read_text() == "mine"
+    shutil.rmtree(folder / "plots")
+    (folder / "plots").symlink_to(tmp_path)
+    with pytest.raises(EvidenceError, match="plots: is a link"):
+        Evidence.open(folder)
+    (folder / "plots").unlink()
+    for name in ("environment.json", "MANIFEST.sha256"):
+        (folder / name).rename(tmp_path / name)
+        os.mkfifo(folder / name)
+        with pytest.raises(EvidenceError, match=f"{name}: is no plain file"):
+            Evidence.open(folder)
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
 
 
 def test_a_missing_file_and_a_folder_that_is_none(tmp_path, folder):

@@ -82,6 +82,7 @@ def test_participants_are_all_devices_unless_said_otherwise(toml):
         ("[devices]\ncount = 1\n[emulation]\ndelay_s = [1.0, 1.0]", r"emulation\.delay_s"),
         ("[run]\nseed = ", "not TOML"),
         ("[run\n", "not TOML"),
+        (f"a = {'[' * 5000}", "not TOML"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_by_file_and_field_in_one_line(toml, text, field):

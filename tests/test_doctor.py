@@ -286,6 +286,15 @@ def test_a_broker_tells_its_packet_limit_and_an_absent_one_is_an_error(tmp_path)
     assert str(absent) in finding.what
 
 
+def test_an_identity_that_cannot_be_used_is_the_brokers_finding_too(tmp_path):
+    contact = Contact(
+        Address("127.0.0.1", free_port()), TlsFiles.in_folder(tmp_path), "lab", 0.2, tmp_path
+    )
+    finding = by_check(check_broker(contact))["broker"]
+    assert finding.level == "error"
+    assert finding.remedy.startswith("enrol this machine")
+
+
 def test_with_tls_a_device_program_that_runs_is_left_alone(tmp_path):
     store = StateStore(tmp_path / "pi-1")
     absent, tls = Address("127.0.0.1", free_port()), TlsFiles.in_folder(tmp_path)

@@ -78,3 +78,24 @@ def test_a_key_that_others_can_read_or_that_is_missing_is_an_error(folder):
     assert finding.remedy.startswith("chmod 600")
     files.key.unlink()
     assert levels(files) == {"identity": "error"}
+
+
+def test_a_certificate_of_another_ca_is_an_error_before_the_broker_says_so(folder):
+    files = folder(NOW - YEARS, NOW + YEARS)
+    other = ec.generate_private_key(ec.SECP256R1())
+    files.ca.write_bytes(certificate("lab", other, other, NOW - YEARS, NOW + YEARS))
+    (finding,) = check_certificates(files, NOW)
+    assert (finding.check, finding.level) == ("identity", "error")
+    assert "is not from the CA" in finding.what
+
+
+def test_a_key_with_a_passphrase_is_an_error_and_nobody_is_asked_for_it(folder):
+    files = folder(NOW - YEARS, NOW + YEARS)
+    key = serialization.load_pem_private_key(files.key.read_bytes(), None)
+    files.key.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )  # fmt: skip
+    assert levels(files) == {"identity": "error"}

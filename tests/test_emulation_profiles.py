@@ -211,6 +211,7 @@ def test_slow_motion_slows_everything(tmp_path):
         ("[[device]]\nprofile = 'rpi-4b'\nspeed = 2\n", r"unknown field `speed`"),
         ("host = 'rpi-6'\n[[device]]\nprofile = 'rpi-4b'\n", r"host: .*unknown"),
         ("[[device]", r"not TOML"),
+        (f"a = {'9' * 5000}", r"not TOML: Exceeds"),
         (
             "[[device]]\nprofile = 'jetson-agx-orin'\n",
             r"jetson-agx-orin is 2 times as fast as this machine .*slow_motion = 2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -60,6 +61,49 @@ def _check(*command: object) -> None:
 def test_shell_scripts_are_posix_and_clean(cards):
     _check(SHELLCHECK, "-s", "sh", cards["bookworm"] / "firstrun.sh")
     _check(SHELLCHECK, "-s", "sh", cards["bookworm"] / "musplit" / "install.sh")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the installer wants root")
+def test_the_installer_follows_no_link_that_the_service_left(cards, tmp_path):
+    """Its own words, with folders below the test's and a release that is there already."""
+    seed, state, victim = tmp_path / "seed", tmp_path / "state", tmp_path / "victim"
+    wheels = seed / "wheelhouse"
+    for folder in (wheels, state, victim, tmp_path / "etc/systemd/system"):
+        folder.mkdir(parents=True)
+    script = (cards["bookworm"] / "musplit" / "install.sh").read_text()
+    script = script.replace("/var/lib/musplit", str(state))
+    for place in ("/opt/", "/etc/"):
+        script = script.replace(place, f"{tmp_path}{place}")
+    (seed / "install.sh").write_text(script)
+    for name in ("musplit-device.service", "device.env"):
+        shutil.copy(cards["bookworm"] / "musplit" / name, seed)
+    (seed / "ca.pem").write_text("ca")
+    (wheels / "machine").write_text(platform.machine())
+    (wheels / "python").write_text("3.11")
+    sums = "".join(
+        f"{hashlib.sha256((wheels / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("machine", "python")
+    )
+    (wheels / "SHA256SUMS").write_text(sums)
+    release = tmp_path / "opt/musplit-releases" / hashlib.sha256(sums.encode()).hexdigest()[:16]
+    (release / "bin").mkdir(parents=True)
+    (release / ".installed").touch()
+    (release / "bin" / "musplit").write_text("#!/bin/sh\n")
+    (release / "bin" / "musplit").chmod(0o755)
+    (victim / "file").touch()
+    os.chown(state, 12345, -1)
+    (state / "shard.npz").symlink_to(victim / "file")
+    install = ["sh", str(seed / "install.sh"), "--no-start"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (victim / "file").stat().st_uid == 0
+    assert (state / "identity" / "ca.pem").stat().st_uid == 12345
+    shutil.rmtree(state / "identity")
+    (state / "identity").symlink_to(victim)
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "identity is a link" in done.stderr
+    assert [path.name for path in victim.iterdir()] == ["file"]
 
 
 def test_the_seed_calls_the_installer_and_removes_itself(cards):

@@ -251,6 +251,30 @@ def test_a_token_of_another_device_is_refused_and_not_shown(desk, tmp_path):
     assert TOKEN.partition(":")[2] not in done.output
 
 
+@pytest.mark.parametrize("option", ["--ca", "--signer"])
+def test_a_private_key_of_the_lab_never_gets_onto_a_card(desk, tmp_path, option):
+    card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
+    key = tmp_path / "ca.key"
+    key.write_text("-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----\n")
+    done = desk.flash("--boot-dir", str(card), *desk.secure(), option, str(key))
+    assert done.exit_code == 3
+    assert f"{option} {key}: holds a private key" in done.stderr
+    assert not (card / "musplit").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"), [("--wifi-ssid", "printable bytes"), ("--ssh-key", "OpenSSH public key")]
+)
+def test_what_is_no_text_is_refused_in_one_line(desk, tmp_path, option, reason):
+    card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
+    (tmp_path / "binary.pub").write_bytes(b"ssh-ed25519 \xff\xfe")
+    value = "lab\udcff" if option == "--wifi-ssid" else str(tmp_path / "binary.pub")
+    done = desk.flash("--boot-dir", str(card), "--insecure", *desk.network(), option, value)
+    assert done.exit_code == 3
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_release_that_is_not_supported_says_what_to_take(desk, tmp_path):
     card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
     done = desk.flash("--boot-dir", str(card), "--insecure", "--system", "bullseye")

@@ -151,6 +151,7 @@ def test_a_jetson_gets_a_tar_that_installs_at_its_first_boot(desk, tmp_path):
     wanted = members["etc/systemd/system/multi-user.target.wants/musplit-install.service"]
     assert wanted.linkname == "/etc/systemd/system/musplit-install.service"
     assert "/opt/musplit-seed/install.sh" in unit
+    assert "ExecStartPost=/bin/rm -rf /opt/musplit-seed\n" in unit
     assert desk.flashed(*options)["outcome"].startswith("nothing to do")
     assert tar.read_bytes() == data
 

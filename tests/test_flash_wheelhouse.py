@@ -108,6 +108,29 @@ def test_the_wheelhouse_of_a_raspberry_pi_fits_into_fifty_megabytes(tmp_path, sy
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+def test_a_damaged_or_half_written_wheelhouse_is_built_again(tmp_path, monkeypatch):
+    """As the remedy says; downloads left out."""
+    profile, folder = load_profile("rpi-4b"), tmp_path / "w"
+    module = "firmware_profiles.provision.wheelhouse."
+    monkeypatch.setattr(f"{module}own_wheel", lambda scratch: scratch)
+    monkeypatch.setattr(f"{module}_pins", lambda *_: {})
+    built = []
+
+    def download(_profile, _image, _pins, scratch):
+        built.append(scratch)
+        (scratch / "demo-1.0-py3-none-any.whl").write_bytes(b"wheel")
+
+    monkeypatch.setattr(f"{module}_download", download)
+    build_wheelhouse(profile, profile.images[0], folder)
+    build_wheelhouse(profile, profile.images[0], folder)
+    assert len(built) == 1
+    (folder / "demo-1.0-py3-none-any.whl").write_bytes(b"evil")
+    (tmp_path / "w.new").mkdir()  # as of a run that was killed
+    assert build_wheelhouse(profile, profile.images[0], folder).wheels == 1
+    assert len(built) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+
+
 def test_a_folder_with_other_files_is_not_emptied(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     profile = load_profile("rpi-4b")

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -18,6 +19,7 @@ from identity.certificates import new_key, request
 from identity.errors import AuthorityError, EnrolmentError, UntrustedError
 from identity.files import write_private
 from identity.signatures import check_bundle, sign_bundle
+from musplit.cli import main
 from wire_protocol.errors import IdentityError, InputError
 
 DIGEST = "0123456789abcdef" * 4
@@ -140,6 +142,29 @@ def test_an_authority_is_not_made_twice_and_says_when_it_is_missing(lab, tmp_pat
         lab.authority.add_fleet("f" * 57, lab.now_s)
     with pytest.raises(InputError, match="device id"):
         lab.authority.new_token("_server.lab", 60, lab.now_s)
+
+
+@pytest.mark.parametrize("host", ["", "a b", "b\u00fccher", "x\ny", "-x", "h:1"])
+def test_hosts_that_no_certificate_can_name_are_refused_before_anything_is_made(
+    lab, tmp_path, host
+):
+    with pytest.raises(AuthorityError, match=r"--host .*write an address"):
+        Authority.init(tmp_path / "new", ["lab"], [host], lab.now_s)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(AuthorityError, match="--host"):
+        lab.authority.set_hosts(["192.168.1.10", host], lab.now_s)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0\nallow_anonymous true", "a b:1", "a..b", "h:99999"])
+def test_an_address_brings_no_line_of_its_own_into_the_configuration(lab, tmp_path, listen):
+    done = CliRunner().invoke(
+        main, ["ca", "broker-config", "--dir", str(lab.folder / "ca"), "--out",
+               str(tmp_path / "broker"), "--listen", listen],
+    )  # fmt: skip
+    assert done.exit_code == 3
+    assert done.stderr.count("\n") == 1
+    assert "write HOST or HOST:PORT" in done.stderr
+    assert not (tmp_path / "broker").exists()
 
 
 def test_a_group_readable_key_is_refused_with_the_remedy(lab):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import ssl
@@ -147,8 +148,9 @@ def test_urls_are_checked(tmp_path, site, url):
 
 def test_nobody_there(tmp_path, site):
     url = f"https://{LOOPBACK}:9"
-    with pytest.raises(TransportError, match="musplit ca serve"):
-        enrol(url, site.lab.ca, site.token(), tmp_path / "b", "", site.now_s)
+    for where in (url, "https://a..b"):
+        with pytest.raises(TransportError, match="musplit ca serve"):
+            enrol(where, site.lab.ca, site.token(), tmp_path / "b", "", site.now_s)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +161,7 @@ def test_nobody_there(tmp_path, site):
         (b"[" * 5000, b"", b"/enroll", b"403"),
         (b"", b"Content-Length: 99999999999\r\n", b"/enroll", b"403"),
         (b"", b"Content-Length: -1\r\n", b"/enroll", b"403"),
+        (b"", b"Content-Length: 000000001999999999\r\n", b"/enroll", b"403"),
         (b"", b"Host: x\r\n", b"/enroll", b"403"),
         (b"{}", b"", b"/../ca.key", b"403"),
         (b"x" * (MAX_BYTES + 1), b"", b"/enroll", b"403"),
@@ -167,10 +170,51 @@ def test_nobody_there(tmp_path, site):
 def test_strangers_requests_are_refused_small(site, body, head, path, status):
     try:
         answer = site.post(body, head=head, path=path)
-    except ConnectionResetError:  # it did not read what was too much
-        return
+    except ConnectionResetError:
+        answer = b""
+    if not answer and len(body) > MAX_BYTES:
+        return  # what it did not read may reset the connection before the answer is read
     assert answer.split(b" ", 2)[1] == status
     assert len(answer) < 1000
+
+
+def test_a_signing_request_of_an_unknown_curve_counts_as_refused(site):
+    p256 = bytes.fromhex("06082a8648ce3d030107")
+    der = ssl.PEM_cert_to_DER_cert(
+        request("pi-1", new_key()).decode().replace("CERTIFICATE REQUEST", "CERTIFICATE")
+    )
+    odd = ssl.DER_cert_to_PEM_cert(der.replace(p256, p256[:-1] + b"\x7f"))
+    odd = odd.replace("CERTIFICATE", "CERTIFICATE REQUEST")
+    body = json.dumps({"token": site.token(), "request": odd}).encode()
+    assert b"signing request" in site.post(body)
+    assert "refused pi-1" in site.said[-1]
+
+
+def test_a_signer_that_the_lab_gave_by_hand_is_not_replaced(site, tmp_path):
+    board, token = tmp_path / "board", site.token()
+    board.mkdir(mode=0o700)
+    theirs = Lab(tmp_path / "other").ca.with_name("signer.pub").read_bytes()
+    (board / "signer.pub").write_bytes(theirs)
+    with pytest.raises(EnrolmentError, match=r"another than .*signer\.pub"):
+        site.enrol(board, token)
+    assert (board / "signer.pub").read_bytes() == theirs
+    (board / "signer.pub").write_bytes(site.lab.ca.with_name("signer.pub").read_bytes())
+    assert site.enrol(board, token).fresh
+
+
+def test_a_full_disk_at_the_service_is_said_on_both_sides(site, tmp_path):
+    (tmp_path / "ca" / "audit.jsonl").unlink()
+    (tmp_path / "ca" / "audit.jsonl").mkdir()
+    ledger = json.loads((tmp_path / "ca" / "ledger.json").read_text())
+    token = "pi-1:spare"
+    ledger["tokens"] = [{"sha256": hashlib.sha256(token.encode()).hexdigest(),
+                         "device_id": "pi-1", "expires_unix_s": int(site.now_s) + 60}]  # fmt: skip
+    (tmp_path / "ca" / "ledger.json").write_text(json.dumps(ledger))
+    with pytest.raises(TransportError, match="see the service's log"):
+        site.enrol(tmp_path / "board", token)
+    assert "audit.jsonl: cannot be written" in site.said[-1]
+    (tmp_path / "ca" / "audit.jsonl").rmdir()
+    assert site.enrol(tmp_path / "board", token).fresh  # the same key: the same certificate
 
 
 def test_other_methods_and_old_tls_are_refused(site):
@@ -215,6 +259,19 @@ def test_silent_strangers_are_cut_and_others_served_meanwhile(site, tmp_path, mo
         assert stranger.recv(1) == b""
         stranger.close()
     assert time.monotonic() - begin_s < 5
+
+
+def test_two_programs_that_enrol_one_board_at_once_leave_one_identity(site, tmp_path):
+    board, token, done = tmp_path / "board", site.token(), []
+    threads = [
+        threading.Thread(target=lambda: done.append(site.enrol(board, token))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(d.fresh for d in done) == [False, False, True]
+    TlsFiles.in_folder(board).context()
 
 
 def test_two_boards_with_one_token_one_gets_in(site):

@@ -18,7 +18,7 @@ from edge_client.power.columns import find_columns
 from edge_client.power.find import MeterOptions, find_meter
 from edge_client.power.integrate import integrate
 from edge_client.power.lines import LineMeter, parse_line
-from edge_client.power.local import local_address
+from edge_client.power.local import http_get, local_address
 from edge_client.power.plug import HttpPlug, MqttPlug, watts
 from edge_client.power.recorded import csv_origin, read_recorded
 from edge_client.power.spec import parse_spec
@@ -102,6 +102,11 @@ def test_files_and_meters_that_are_not_there(tmp_path):
         ("lines:/dev/null", "not a serial port"),
         ("plug-http:ftp://x", "write http://HOST/PATH#FIELD"),
         ("plug-mqtt:host", r"HOST\[:PORT\]/TOPIC"),
+        ("plug-http:http://[::1/x", "write http://HOST/PATH#FIELD"),
+        ("plug-http:http://127.0.0.1:99999/x", "write http://HOST/PATH#FIELD"),
+        ("plug-http:shelly2@a..b", "unknown host"),
+        ("lines:tcp://a..b:80", "unknown host"),
+        ("usb-csv:/tmp", "no file that grows"),
     ],
 )
 def test_a_meter_that_is_named_wrongly_says_how(spec, what):
@@ -301,6 +306,9 @@ def test_plugs_by_http(model, load, plug):
         ((200, b'{"apower": "12"}'), "is no number"),
         ((200, b'{"apower": true}'), "is no number"),
         ((200, b'{"apower": NaN}'), "is no number"),
+        ((200, b'{"apower": 1e300}'), "is no number"),
+        ((200, b'{"apower": 1' + b"0" * 4000 + b"}"), "is no number"),
+        ((200, b'{"apower": 1' + b"0" * 5000 + b"}"), "no JSON"),
         ((200, b" " * (1 << 17)), "more than 64 KiB"),
     ],
 )
@@ -317,6 +325,30 @@ def test_a_plug_that_does_not_answer_in_time(plug, monkeypatch):
     with pytest.raises(MeterError, match="no answer within"):
         HttpPlug(f"shelly2@127.0.0.1:{plug.server_port}", rate_hz=1.0)
     waiting.set()
+
+
+def test_a_length_of_a_thousand_digits_is_no_more_than_a_large_one():
+    def answer(server):
+        with server, server.accept()[0] as peer:
+            peer.recv(4096)
+            peer.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n5")
+
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    thread = threading.Thread(target=answer, args=(server,))
+    thread.start()
+    assert http_get(("127.0.0.1", port), "127.0.0.1", "/", 5.0) == b"5"
+    thread.join()
+
+
+def test_times_and_powers_that_cannot_be_are_left_out(tmp_path):
+    path = tmp_path / "meter.csv"
+    times = ["0001-01-01", "10000-01-01", "x"]
+    rows = [f"{time},4" for time in times] + ["0,1e308", "0.5,-1e308"]
+    path.write_text("\n".join(["time,power_w", *rows, *(f"{n / 10},4" for n in range(20))]))
+    assert "are no readings" in read_recorded(path, {}).reason
+    with pytest.raises(MeterError, match="is no file"):
+        read_recorded(tmp_path, {})
 
 
 @pytest.mark.parametrize("host", ["8.8.8.8", "0.0.0.0", "2001:4860:4860::8888"])

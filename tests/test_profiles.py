@@ -100,6 +100,11 @@ def test_an_own_profile_by_path(tmp_path):
          '[power.load]\nvalue_w = 6.4\nboundary = "wall-ac"', r"power\.load\.boundary: wall-ac"),
         ('title = "Raspberry Pi 4 Model B"', "", r"missing required field `title`"),
         ("[cpu]", "[cpu", r"not TOML"),
+        ("cores = 4", f"cores = {'9' * 5000}", r"not TOML: Exceeds"),
+        ("cores = 4", f"cores = {'[' * 5000}", r"not TOML: .*recursion"),
+        ('name = "rpi-4b"', 'name = "rpi-4b\\n"', r"name: Expected `str` matching"),
+        ('glibc = "2.36"', 'glibc = "2"', r"glibc: Expected `str` matching"),
+        ('title = "Raspberry Pi 4 Model B"', f"title = '{'x' * (1 << 20)}'", r"larger than 1 MiB"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(tmp_path, old, new, message):

@@ -224,6 +224,8 @@ class Link:
             try:
                 self._client.connect(*self.address, keepalive=_KEEPALIVE_S)
                 return
+            except UnicodeError as error:  # labels that are empty or longer than 63 bytes
+                raise TransportError(f"broker {self.address}: no name of a host") from error
             except OSError as error:
                 if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
                     raise TransportError(self._explained(error)) from error

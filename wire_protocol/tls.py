@@ -63,6 +63,7 @@ def trusting(ca: Path) -> ssl.SSLContext:
     """TLS 1.3 as a client that trusts `ca` alone, and checks names. Raises IdentityError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.hostname_checks_common_name = False  # that is a device's name, no host's
     try:
         context.load_verify_locations(ca)
     except (OSError, ssl.SSLError) as error:
@@ -75,7 +76,8 @@ def trusting(ca: Path) -> ssl.SSLContext:
 def load_own(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     """Have `context` show a certificate. Raises IdentityError."""
     try:
-        context.load_cert_chain(certificate, key)
+        # A password given, OpenSSL asks nobody for that of an encrypted key.
+        context.load_cert_chain(certificate, key, password="")
     except (OSError, ssl.SSLError) as error:
         raise IdentityError(
             f"{certificate}: certificate and key {key.name} cannot be used ({_plain(error)}); "

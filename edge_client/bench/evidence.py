@@ -17,7 +17,9 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ CONFIGURATION_FILE: Final = "configuration.toml"
 ENVIRONMENT_FILE: Final = "environment.json"
 MANIFEST_FILE: Final = "MANIFEST.sha256"
 RAW_FOLDER: Final = "raw"
+PLOTS_FOLDER: Final = "plots"
 BUNDLES_FOLDER: Final = "bundles"  # where a bench of a model exports its cuts
 _LINE: Final = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9./_-]+)")
 _MAX_FILE_BYTES: Final = 256 << 20
@@ -71,8 +74,11 @@ class Evidence:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Read and check everything. Raises EvidenceError naming what was altered."""
+        for name in (RAW_FOLDER, PLOTS_FOLDER):
+            if (folder / name).is_symlink():  # what is written there would land elsewhere
+                raise EvidenceError(f"{folder / name}: is a link; evidence holds its own folders")
         try:
-            text = (folder / MANIFEST_FILE).read_text(encoding="ascii")
+            text = _regular(folder / MANIFEST_FILE).decode("ascii")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not ASCII"
             raise EvidenceError(
@@ -209,16 +215,14 @@ def _parse_configuration(data: bytes, folder: Path) -> Configuration:
         if tree.get("format") != FORMAT:
             raise EvidenceError(f"{where}: not of format {FORMAT}; use the musplit that wrote it")
         return msgspec.convert(tree, Configuration)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+    except (ValueError, RecursionError) as error:  # of tomllib and msgspec alike
         raise EvidenceError(f"{where}: {error}") from error
 
 
 def _check(folder: Path, name: str, digest: str) -> bytes:
     path = folder / name
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise EvidenceError(f"{path}: too large for raw samples of a bench")
-        data = path.read_bytes()
+        data = _regular(path)
     except OSError as error:
         raise EvidenceError(
             f"{path}: {MANIFEST_FILE} names it, but it cannot be read ({error.strerror})"
@@ -226,6 +230,18 @@ def _check(folder: Path, name: str, digest: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != digest:
         raise EvidenceError(f"{path}: altered since it was measured: its digest differs")
     return data
+
+
+def _regular(path: Path) -> bytes:
+    """A file, no link, pipe or device: those may have no end. Raises OSError, EvidenceError."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise EvidenceError(f"{path}: is no plain file")
+        if status.st_size > _MAX_FILE_BYTES:
+            raise EvidenceError(f"{path}: too large for raw samples of a bench")
+        return file.read(_MAX_FILE_BYTES)
 
 
 def _json(environment: Environment) -> bytes:

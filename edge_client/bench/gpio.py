@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, Protocol
 
 from edge_client.errors import GpioError
 
+_HEADER: Final = "t_s,level\n"
 _CONSUMER: Final = b"musplit-bench"
 _OUTPUT: Final = 1 << 3  # GPIO_V2_LINE_FLAG_OUTPUT
 # struct gpiochip_info: name, label, lines.
@@ -63,9 +64,15 @@ class FileEdge:
     """Rows `t_s,level` of the monotonic clock."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1, encoding="ascii")
-        if not self._file.tell():
-            self._file.write("t_s,level\n")
+        """Goes on in a file of edges; GpioError for any other, which would be spoilt."""
+        self._file = path.open("a+", buffering=1, encoding="utf-8", errors="replace")
+        self._file.seek(0)
+        there = self._file.readline(len(_HEADER))
+        if there not in ("", _HEADER):
+            self._file.close()
+            raise GpioError(f"--gpio file:{path}: holds something else; give a new file")
+        if not there:
+            self._file.write(_HEADER)
 
     def set(self, *, high: bool) -> None:
         """Append a row."""

@@ -8,7 +8,7 @@ from typing import Final, Literal
 import msgspec
 
 from edge_client.bench.compute import compute_results
-from edge_client.bench.evidence import Evidence
+from edge_client.bench.evidence import PLOTS_FOLDER, Evidence
 from edge_client.bench.page import page
 from edge_client.bench.plots import all_plots
 from edge_client.bench.results import Results
@@ -16,7 +16,6 @@ from edge_client.files import replacing
 
 RESULTS_FILE: Final = "results.json"
 REPORT_FILE: Final = "report.html"
-PLOTS_FOLDER: Final = "plots"
 
 
 class Written(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from edge_client.doctor.findings import Findings, error, ok, warning
-from identity.certificates import read_certificate
+from identity.certificates import issued_by, read_certificate
 from wire_protocol.errors import IdentityError
 from wire_protocol.tls import TlsFiles
 
@@ -21,6 +21,14 @@ def check_certificates(files: TlsFiles, now: datetime) -> Findings:
     except IdentityError as failure:
         what, _, remedy = str(failure).partition("; ")
         yield error("identity", what, "beyond loopback the broker wants a certificate", remedy)
+        return
+    if not issued_by(
+        read_certificate(files.certificate, _ENROL), read_certificate(files.ca, _ENROL)
+    ):
+        yield error(
+            "identity", f"{files.certificate} is not from the CA in {files.ca}",
+            "the broker of that lab does not take it", _ENROL,
+        )  # fmt: skip
         return
     yield ok("identity", f"certificate, key and CA in {files.folder} belong together")
     for check, path, remedy in (

@@ -34,12 +34,12 @@ def check_broker(contact: Contact) -> Findings:
     if contact.tls is not None and (busy := _in_use(contact.state)) is not None:
         yield ok("broker", f"not asked: a device program runs with {busy} and has the connection")
         return
-    link = Link(
-        f"{contact.fleet}/doctor-{secrets.token_hex(4)}", contact.address,
-        subscriptions=(Topics(contact.fleet).broadcast,), tls=contact.tls,
-    )  # fmt: skip
     began_s = time.monotonic()
     try:
+        link = Link(
+            f"{contact.fleet}/doctor-{secrets.token_hex(4)}", contact.address,
+            subscriptions=(Topics(contact.fleet).broadcast,), tls=contact.tls,
+        )  # fmt: skip
         link.open(contact.connect_s)
     except MusplitError as failure:
         what, _, remedy = str(failure).partition("; ")

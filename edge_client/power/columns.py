@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from edge_client.errors import MeterError
+from edge_client.power.meter import PLAUSIBLE_W
 
 _UNIT: Final = re.compile(r"^(.*?)[\s_]*[\[(/_\s]+\s*([a-zA-Zµμ]+)\s*[\])]?\s*$")
 _SCALE: Final = {
@@ -28,6 +29,7 @@ _NAMES: Final = {
     "current": {"current", "ampere", "amperes", "amps", "i", "a", "ibus"},
 }
 SEPARATORS: Final = ",;\t"
+_LATEST_S: Final = 1e15
 
 
 class Column(NamedTuple):
@@ -58,9 +60,10 @@ class Columns(NamedTuple):
                 assert self.current is not None
                 volts = _cell(cells, self.voltage) if self.voltage else (self.volts or 0.0)
                 power_w = _cell(cells, self.current) * volts
-        except (ValueError, IndexError):
+        except (ValueError, IndexError, OverflowError, OSError):  # years that no clock has, too
             return None
-        return (time_s, power_w) if math.isfinite(time_s) and math.isfinite(power_w) else None
+        plausible = abs(time_s) < _LATEST_S and abs(power_w) < PLAUSIBLE_W  # nan is not
+        return (time_s, power_w) if plausible else None
 
 
 def find_columns(header: str, where: str, options: Mapping[str, str]) -> Columns:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from edge_client.errors import MeterError
-from edge_client.power.meter import Reading
+from edge_client.power.meter import PLAUSIBLE_W, Reading
 from wire_protocol.energy import Origin
 
 _MAX_LINE: Final = 4096
 _CHUNK: Final = 1 << 16
 _MOST_CHUNKS: Final = 64
+_LATEST_S: Final = 1e15
 _FIELDS: Final = re.compile(r"[\s,;]+")
 
 Row = tuple[float | None, float]  # the meter's seconds, if it tells any, and watts
@@ -108,7 +109,7 @@ def parse_line(line: str) -> Row | None:
         numbers = [float(field) for field in fields]
     except ValueError:
         return None
-    if not all(abs(number) < 1e15 for number in numbers):  # NaN is not, either
+    if not (abs(numbers[0]) < _LATEST_S and abs(numbers[-1]) < PLAUSIBLE_W):  # nan is not, either
         return None
     return (None if len(numbers) == 1 else numbers[0], numbers[-1])
 
@@ -119,9 +120,13 @@ def open_growing(path: Path) -> tuple[int, str]:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise MeterError(f"{path}: cannot be read ({error.strerror})") from error
-    header, found, _ = os.read(handle, _MAX_LINE).partition(b"\n")
+    try:
+        header, found, _ = os.read(handle, _MAX_LINE).partition(b"\n")
+        os.lseek(handle, 0, os.SEEK_END)
+    except OSError as error:  # a folder, a pipe
+        os.close(handle)
+        raise MeterError(f"{path}: is no file that grows ({error.strerror})") from error
     if not found:
         os.close(handle)
         raise MeterError(f"{path}: no header line yet; start the meter's recording first")
-    os.lseek(handle, 0, os.SEEK_END)
     return handle, header.decode("utf-8", "replace")

@@ -16,14 +16,16 @@ from typing import Final
 from edge_client.errors import MeterError
 
 _MAX_ANSWER: Final = 64 << 10
+_MAX_DIGITS: Final = 9
 
 
 def local_address(host: str, port: int) -> tuple[str, int]:
     """The address of a host, which has to be private, link-local or this one. Raises MeterError."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise MeterError(f"meter {host}: unknown host ({error.strerror})") from error
+    except (OSError, UnicodeError, OverflowError) as error:  # of names and ports that are none
+        why = error.strerror if isinstance(error, OSError) else "no name of a host"
+        raise MeterError(f"meter {host}: unknown host ({why})") from error
     address = str(found[0][4][0])
     ip = ipaddress.ip_address(address.partition("%")[0])
     if not (ip.is_private or ip.is_loopback or ip.is_link_local) or ip.is_unspecified:
@@ -101,6 +103,7 @@ def _complete(answer: bytes) -> bool:
         return False
     for line in head.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and value.strip().isdigit():
-            return len(body) >= int(value)
+        length = value.strip()[:_MAX_DIGITS]  # more than is taken is more with any digits
+        if name.strip().lower() == b"content-length" and length.isdigit():
+            return len(body) >= int(length)
     return False

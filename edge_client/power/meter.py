@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from wire_protocol.energy import Origin
+
+# What a meter from outside tells above this is no reading of a board.
+PLAUSIBLE_W: Final = 1e9
 
 
 class Reading(NamedTuple):

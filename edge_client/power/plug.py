@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol
@@ -11,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from edge_client.errors import MeterError
 from edge_client.power.local import http_get, local_address
-from edge_client.power.meter import Reading
+from edge_client.power.meter import PLAUSIBLE_W, Reading
 from wire_protocol.energy import Origin
 from wire_protocol.events import LinkLike, Received
 
@@ -51,16 +50,21 @@ class HttpPlug:
         self._now_s = now_s
         name, at, rest = where.partition("@")
         if at and name in MODELS:
-            parts = urlsplit(f"http://{rest}{MODELS[name].path}#{MODELS[name].field}")
+            url = f"http://{rest}{MODELS[name].path}#{MODELS[name].field}"
         else:
-            parts = urlsplit(where)
-        if parts.scheme != "http" or not parts.hostname or not where.isascii():
+            url = where
+        try:
+            parts = urlsplit(url)
+            port = parts.port or 80
+        except ValueError:  # brackets that do not close, ports that are none
+            parts, port = urlsplit(""), 0
+        if parts.scheme != "http" or not parts.hostname or not where.isascii() or " " in where:
             raise MeterError(
                 f"plug {where!r}: write http://HOST/PATH#FIELD or one of "
                 f"{', '.join(f'{model}@HOST' for model in MODELS)}"
             )
         self._host = parts.hostname
-        self._address = local_address(parts.hostname, parts.port or 80)
+        self._address = local_address(parts.hostname, port)
         self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._field = unquote(parts.fragment)
         self.origin = plug_origin("plug-http", f"http://{self._host}{self._path}", rate_hz)
@@ -137,6 +141,7 @@ def watts(payload: bytes, field: str, where: str) -> float:
             value = value[int(key)]
         else:
             raise MeterError(f"{where}: no field {field!r} in the answer")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise MeterError(f"{where}: {field or 'the answer'} is no number")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) < PLAUSIBLE_W:  # nan, and integers of a thousand digits
+        raise MeterError(f"{where}: {field or 'the answer'} is no number of watts")
     return float(value)

@@ -22,6 +22,8 @@ def read_recorded(path: Path, options: Mapping[str, str], boundary: Boundary = "
     Rows that are no readings, go back in time or repeat one are left out; the trace says so.
     """
     where = str(path)
+    if not path.is_file():
+        raise MeterError(f"{where}: is no file; give the meter's CSV file")
     if path.stat().st_size > _MAX_BYTES:
         raise MeterError(f"{where}: larger than {_MAX_BYTES >> 20} MiB; cut it")
     times_s: list[float] = []

@@ -31,7 +31,7 @@ class Wifi(NamedTuple):
     @classmethod
     def of(cls, ssid: str, passphrase: str, country: str) -> Wifi:
         """Raises FlashError, which does not repeat the passphrase."""
-        octets = ssid.encode()
+        octets = ssid.encode(errors="replace")  # what is no text is not printable either
         if not 1 <= len(octets) <= _SSID_BYTES or not ssid.isprintable():
             raise FlashError("--wifi-ssid: write 1 to 32 printable bytes")
         if not 8 <= len(passphrase) <= 63 or not passphrase.isprintable():
@@ -104,4 +104,7 @@ class Order(NamedTuple):
     @property
     def hostname(self) -> str:
         """The device id as a host name."""
-        return re.sub(r"[^a-z0-9-]+", "-", self.device_id.lower()).strip("-")[:63] or "musplit"
+        return (
+            re.sub(r"[^a-z0-9-]+", "-", self.device_id.lower()).strip("-")[:63].rstrip("-")
+            or "musplit"
+        )

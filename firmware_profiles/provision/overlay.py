@@ -39,6 +39,8 @@ Before=musplit-device.service
 [Service]
 Type=oneshot
 ExecStart=/bin/sh /{_SEED}/install.sh
+# Once it is through: later boots must not undo what was installed or set since.
+ExecStartPost=/bin/rm -rf /{_SEED}
 RemainAfterExit=yes
 
 [Install]
@@ -75,12 +77,14 @@ def write_overlay(path: Path, data: bytes) -> bool:
     try:
         if path.exists() and path.read_bytes() == data:
             return False
-        handle = os.open(
-            path.with_name(path.name + ".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
-        )
+        temporary = path.with_name(path.name + ".new")
+        temporary.unlink(missing_ok=True)  # of an earlier run, or with another mode
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        path.with_name(path.name + ".new").replace(path)
+            file.flush()
+            os.fsync(handle)
+        temporary.replace(path)
     except OSError as error:
         raise FlashError(f"--overlay {path}: cannot be written ({error.strerror})") from error
     return True

@@ -59,10 +59,13 @@ def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
         raise FlashError(f"--ssh {host!r}: write HOST or USER@HOST")
     if shutil.which("ssh") is None:
         raise FlashError("--ssh needs the program ssh; install an OpenSSH client")
-    done = subprocess.run(
-        [*_SSH, "--", host, command], input=data, capture_output=True, check=False,
-        timeout=_TRANSFER_S,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [*_SSH, "--", host, command], input=data, capture_output=True, check=False,
+            timeout=_TRANSFER_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise FlashError(f"--ssh {host}: not through after an hour; run it again") from error
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         errors = [line for line in lines if "error" in line] or lines

@@ -36,9 +36,9 @@ def make_seed(order: Order, wheelhouse: Path) -> Seed:
     }
     content[f"{FOLDER}/device.env"] = _environment(order).encode()
     if order.lab.ca is not None:
-        content[f"{FOLDER}/ca.pem"] = _read(order.lab.ca)
+        content[f"{FOLDER}/ca.pem"] = _public("--ca", order.lab.ca)
     if order.lab.signer is not None:
-        content[f"{FOLDER}/signer.pub"] = _read(order.lab.signer)
+        content[f"{FOLDER}/signer.pub"] = _public("--signer", order.lab.signer)
     if order.lab.token:
         content[TOKEN] = f"{order.lab.token}\n".encode()
     if order.shard is not None:
@@ -76,6 +76,17 @@ def _environment(order: Order) -> str:
     }
     lines = [f'{name}="{value}"' for name, value in values.items()]
     return "# Settings of musplit-device.service; no secrets.\n" + "\n".join(lines) + "\n"
+
+
+def _public(option: str, path: Path) -> bytes:
+    """Everybody reads the partition: the lab's own keys must not get there by a slip."""
+    data = _read(path)
+    if b"PRIVATE KEY" in data:
+        raise FlashError(
+            f"{option} {path}: holds a private key, which stays in the lab; give the lab's "
+            f"{'ca.pem' if option == '--ca' else 'signer.pub'}"
+        )
+    return data
 
 
 def _read(path: Path) -> bytes:

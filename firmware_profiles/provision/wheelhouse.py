@@ -7,6 +7,7 @@ python, machine   what the wheels are for, e.g. 3.11 and aarch64
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -58,7 +59,8 @@ def build_wheelhouse(profile: Profile, image: Image, folder: Path) -> Wheelhouse
         "musplit_sha256": own_digest(),
     }  # fmt: skip
     if there and _made_for(folder) == made_for:
-        return check_wheelhouse(folder)
+        with contextlib.suppress(WheelhouseError):  # damaged: built again
+            return check_wheelhouse(folder)
     with tempfile.TemporaryDirectory(prefix="musplit-wheels-") as name:
         scratch = Path(name)
         pins = _pins(own_wheel(scratch), made_for["onnxruntime"])
@@ -180,12 +182,15 @@ def _describe(folder: Path, made_for: Mapping[str, str]) -> None:
 
 
 def _replace(scratch: Path, folder: Path) -> None:
-    """Move the new wheelhouse in, in place of an older one."""
+    """Put the new wheelhouse in place of an older one: whole, or not at all."""
+    fresh = folder.resolve().with_name(f"{folder.resolve().name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for path in scratch.iterdir():
+        shutil.move(path, fresh / path.name)
     if folder.is_dir():
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in scratch.iterdir():
-        shutil.move(path, folder / path.name)
+    fresh.rename(folder.resolve())
 
 
 def _made_for(folder: Path) -> object:

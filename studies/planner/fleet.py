@@ -86,13 +86,13 @@ def load_fleet(path: Path) -> Fleet:
         fleet = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Fleet)
     except OSError as error:
         raise FleetFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FleetFileError(f"{path}: not TOML: {error}") from error
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$")
         name = where.strip("`.")
         text = f"{name}: {what}" if name else what
         raise FleetFileError(f"{path}: {text}; see docs/planner.md") from error
+    except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
+        raise FleetFileError(f"{path}: not TOML: {error}") from error
     names = [kind.name for kind in fleet.device]
     for kind in fleet.device:
         if bool(kind.flops_per_s) == bool(kind.forward_s):

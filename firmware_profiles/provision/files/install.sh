@@ -37,8 +37,8 @@ find_python() {
 # put FILE TO MODE: copy when it differs, whole or not at all.
 put() {
     if ! cmp -s "$1" "$2"; then
-        install -m "$3" "$1" "$2.new"
-        mv -f "$2.new" "$2"
+        install -T -m "$3" "$1" "$2.new"
+        mv -fT "$2.new" "$2"
     fi
 }
 
@@ -85,6 +85,8 @@ for old in "$releases"/*; do
     [ "$old" = "$release" ] || rm -rf "$old"
 done
 
+# The state belongs to the service: a link that it left there must not lead root elsewhere.
+[ ! -L "$state/identity" ] || die "$state/identity is a link; remove it"
 mkdir -p /etc/musplit "$state/identity"
 put "$seed/device.env" /etc/musplit/device.env 644
 for name in ca.pem signer.pub; do
@@ -96,7 +98,7 @@ take "$seed/shard.npz" "$state/shard.npz"
 # The service's user is made at its start, and owns what its folder's owner owns.
 chmod 700 "$state" "$state/identity"
 chown -R --reference="$state" "$state/identity"
-[ ! -e "$state/shard.npz" ] || chown --reference="$state" "$state/shard.npz"
+[ ! -e "$state/shard.npz" ] || chown -h --reference="$state" "$state/shard.npz"
 
 mkdir -p "$(dirname "$unit")/multi-user.target.wants"
 put "$seed/musplit-device.service" "$unit" 644
