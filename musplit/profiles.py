@@ -99,7 +99,7 @@ def check(files: tuple[str, ...], output: str) -> None:
 def _print_table(table: dict[str, Any], name: str) -> None:
     """Plain fields first, one a line; a number stands with its source; then the tables in it."""
     if "confidence" in table and ("value" in table or "value_w" in table):
-        number = table.get("value", table.get("value_w"))
+        number = table["value"] if "value" in table else table["value_w"]
         where = f", {table['boundary']}" if "boundary" in table else ""
         print(f"{name} = {_plain(number)}  ({table['confidence']}{where}: {table['source']})")
         return
