@@ -32,6 +32,11 @@ def write_broker_folder(
     authority: Authority, out: Path, host: str, port: int, now_s: float
 ) -> None:  # fmt: skip
     """Write everything a mosquitto needs into `out`. Raises IdentityError."""
+    if out.resolve() == authority.folder.resolve():
+        raise AuthorityError(
+            f"{out}: is the authority's folder, whose keys no broker should reach; give another "
+            "--out"
+        )
     make_folder(out)
     for name in (CA_FILE, BROKER_FILE):
         write_public(out / name, read(authority.folder / name, _REMEDY))

@@ -60,14 +60,17 @@ def doctor(
         profile = load_profile(profile_name) if profile_name else None
         board = Board(profile=profile)
         outcome = probe()
-        take(diagnose_system(board, outcome))
-        if outcome is None or outcome.imports_numpy:  # what follows needs it
-            from edge_client.doctor.surroundings import Questions, diagnose_surroundings
-            from wire_protocol.tls import TlsFiles, tls_for
+        usable = outcome is None or outcome.imports_numpy  # what follows needs numpy
+        address = parse_address(broker, tls=identity is not None) if broker and usable else None
+        if address is not None:
+            from wire_protocol.tls import tls_for
 
-            address = parse_address(broker, tls=identity is not None) if broker else None
-            if address is not None:
-                tls_for(address, identity, insecure=insecure)
+            tls_for(address, identity, insecure=insecure)  # a wrong command line ends it here
+        take(diagnose_system(board, outcome))
+        if usable:
+            from edge_client.doctor.surroundings import Questions, diagnose_surroundings
+            from wire_protocol.tls import TlsFiles
+
             tls = TlsFiles.in_folder(identity) if identity else None
             asked = Questions(state, address, tls, url, fleet, connect_s)
             take(diagnose_surroundings(board, asked))
@@ -80,7 +83,7 @@ def doctor(
                          for finding in findings],
         }))  # fmt: skip
     else:
-        print(f"{levels['error']} errors, {levels['warning']} warnings, {levels['ok']} in order")
+        print(f"errors {levels['error']}, warnings {levels['warning']}, in order {levels['ok']}")
     sys.exit(ERRORS_FOUND if levels["error"] else 0)
 
 

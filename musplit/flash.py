@@ -154,8 +154,10 @@ def wheelhouse(profile_name: str, system: str | None, out: Path, output: str) ->
     if output == "json":
         print(json.dumps(facts))
     else:
-        for name, value in facts.items():
-            print(f"{name:12} {value}")
+        print(
+            f"{built.folder}: {built.wheels} wheels, {built.size_bytes / 1e6:.1f} MB, for Python "
+            f"{built.python} on {built.machine}"
+        )
 
 
 def _secret(path: Path | None, option: str) -> str:

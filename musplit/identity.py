@@ -247,14 +247,21 @@ def enroll_device(
         --identity /var/lib/musplit/identity
     """
     with guarded():
+        from identity.certificates import utc
         from identity.enrol import enrol
 
         token = _read_token(token_file)
         done = enrol(url, ca_file, token, identity, device_id, time.time())
         if str(token_file) != "-":
             token_file.unlink(missing_ok=True)
-    facts = {**done._asdict(), "identity": str(identity)}
-    _print(facts, output)
+    if output == "json":
+        print(json.dumps({**done._asdict(), "identity": str(identity)}))
+        return
+    state = "new" if done.fresh else "there already, and valid"
+    print(
+        f"{identity}: certificate of {done.device_id}, {state}, until "
+        f"{utc(done.expires_unix_s):%Y-%m-%d %H:%M} UTC"
+    )
 
 
 def _read_token(path: Path) -> str:

@@ -69,7 +69,8 @@ def _show(checked: dict[str, Any], output: str) -> None:
         print(json.dumps(checked))
         return
     for found in checked["meters"]:
-        print(f"{found['kind']:<8}  {'usable' if found['usable'] else '-':<6}  {found['detail']}")
+        detail = found["detail"].removeprefix(f"{found['kind']}: ")
+        print(f"{found['kind']:<8}  {'usable' if found['usable'] else '-':<6}  {detail}")
     if checked["reason"]:
         say(f"not measured: {checked['reason']}")
     energy = checked["energy"]
@@ -80,11 +81,10 @@ def _show(checked: dict[str, Any], output: str) -> None:
                 f"measured  {energy['energy_j']:.3f} J +-{energy['uncertainty_j']:.3f} J in "
                 f"{energy['window_s']:.2f} s: {mean_w:.3f} W at {energy['origin']['boundary']}\n"
                 f"          {energy['samples']} readings of {energy['origin']['driver']}, "
-                f"{energy['rate_hz']:.2f} Hz, largest gap {energy['largest_gap_s']:.2f} s\n"
-                f"          sampler: {100 * checked['sampler_core']:.2f} % of a core"
-                if checked["sampler_core"] is not None
-                else f"measured  {energy['energy_j']:.3f} J in {energy['window_s']:.2f} s"
+                f"{energy['rate_hz']:.2f} Hz, largest gap {energy['largest_gap_s']:.2f} s"
             )
+            if checked["sampler_core"] is not None:
+                print(f"          sampler: {100 * checked['sampler_core']:.2f} % of a core")
         case "modelled":
             print(
                 f"modelled  {energy['modelled_j']:.3f} J, between {energy['modelled_low_j']:.3f} "

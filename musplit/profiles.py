@@ -99,9 +99,9 @@ def check(files: tuple[str, ...], output: str) -> None:
 def _print_table(table: dict[str, Any], name: str) -> None:
     """Plain fields first, one a line; a number stands with its source; then the tables in it."""
     if "confidence" in table and ("value" in table or "value_w" in table):
-        number = table.get("value", table.get("value_w"))
+        number = table["value"] if "value" in table else table["value_w"]
         where = f", {table['boundary']}" if "boundary" in table else ""
-        print(f"{name} = {number:g}  ({table['confidence']}{where}: {table['source']})")
+        print(f"{name} = {_plain(number)}  ({table['confidence']}{where}: {table['source']})")
         return
     for key, value in table.items():
         place = f"{name}.{key}" if name else key
@@ -111,5 +111,10 @@ def _print_table(table: dict[str, Any], name: str) -> None:
             for index, item in enumerate(value):
                 _print_table(item, f"{place}[{index}]")
         else:
-            text = " ".join(map(str, value)) if isinstance(value, list) else value
+            text = " ".join(map(str, value)) or "none" if isinstance(value, list) else value
             print(f"{place} = {text}")
+
+
+def _plain(number: float) -> str:
+    """Without an exponent for anything that a board has: 1800000000, not 1.8e+09."""
+    return f"{number:.15g}"

@@ -208,6 +208,18 @@ def test_a_wrong_card_is_refused_with_the_reason_and_left_alone(desk, tmp_path, 
     assert {path.name: path.read_bytes() for path in card.iterdir()} == content
 
 
+@needs_fat
+def test_a_partition_without_room_is_refused_and_left_alone(desk, tmp_path):
+    image = make_image(tmp_path / "card.img", PARTITIONS["bookworm"], 16, size_mb=10)
+    (tmp_path / "shard.npz").write_bytes(b"x" * 11_000_000)
+    before = image.read_bytes()
+    for dry_run in ([], ["--dry-run"]):
+        done = desk.flash("--image", str(image), *desk.secure(), *dry_run)
+        assert done.exit_code == 3
+        assert "has no room: 11." in done.stderr
+    assert image.read_bytes() == before
+
+
 def test_a_card_of_another_device_is_refused(desk, tmp_path):
     card = make_folder(tmp_path / "card", PARTITIONS["bookworm"])
     desk.flashed("--boot-dir", str(card), "--insecure")

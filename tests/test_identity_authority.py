@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from identity_support import Lab
 
 from identity.authority import Authority
+from identity.broker import write_broker_folder
 from identity.certificates import new_key, request
 from identity.errors import AuthorityError, EnrolmentError, UntrustedError
 from identity.files import write_private
@@ -245,3 +246,10 @@ def test_the_ledger_is_whole_or_the_old_one(lab, monkeypatch):
     with pytest.raises(IdentityError, match="No space left"):
         lab.authority.new_token("pi-1", 60, lab.now_s)
     assert lab.authority.ledger() == before
+
+
+def test_a_broker_is_not_given_the_authoritys_folder(lab):
+    before = sorted(path.name for path in lab.authority.folder.iterdir())
+    with pytest.raises(IdentityError, match="give another --out"):
+        write_broker_folder(lab.authority, lab.authority.folder, "127.0.0.1", 8883, lab.now_s)
+    assert sorted(path.name for path in lab.authority.folder.iterdir()) == before

@@ -159,6 +159,9 @@ def test_power_of_a_recorded_file(tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["energy"]["energy_j"] == pytest.approx(44.0)
     assert len(samples.read_text().splitlines()) == 112
+    told = CliRunner().invoke(main, ["power", "--recorded", str(path)]).stdout
+    for what in ("44.000 J +-", "4.000 W at board-dc", "111 readings", "largest gap 0.10 s"):
+        assert what in told
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ class Boot(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file that is there."""
 
+    def free_bytes(self) -> int:
+        """Room that is left."""
+
 
 class FolderBoot:
     """A mounted boot partition."""
@@ -77,6 +80,10 @@ class FolderBoot:
     def remove(self, name: str) -> None:
         """Remove a file."""
         (self._folder / name).unlink()
+
+    def free_bytes(self) -> int:
+        """Room that is left."""
+        return shutil.disk_usage(self._folder).free
 
 
 class ImageBoot:
@@ -119,6 +126,11 @@ class ImageBoot:
     def remove(self, name: str) -> None:
         """Remove a file."""
         self._must("mdel", f"::/{name}")
+
+    def free_bytes(self) -> int:
+        """Room that is left: mdir's last line, `29 347 328 bytes free`."""
+        last = self._must("mdir", "::/").decode(errors="replace").strip().splitlines()[-1]
+        return int("".join(filter(str.isdigit, last)) or 0)
 
     def _must(self, program: str, *arguments: str, data: bytes = b"") -> bytes:
         done = self._mtools(program, *arguments, data=data)

@@ -47,8 +47,10 @@ class Flashing:
         check_same_device(boot.read(RECORD), self._order, boot.where)
         seed = self._seed(system.image)
         plan = make_plan(boot, system, self._order, seed)
-        if not dry_run:
-            apply_plan(boot, plan, lambda change: self._say(f"{change.action} {change.name}"))
+        if plan.pending and not dry_run:
+            size_mb = sum(change.size_bytes for change in plan.pending) / 1e6
+            self._say(f"writing {len(plan.pending)} files, {size_mb:.1f} MB, to {boot.where}")
+            apply_plan(boot, plan)
         return self._facts(
             boot.where, system.image, [change._asdict() for change in plan.changes], dry_run,
             [boot.then], "written" if plan.pending else _UNCHANGED,
@@ -104,7 +106,7 @@ class Flashing:
             check_fits(wheelhouse, self._profile, image)
         else:
             folder = _cache() / f"wheelhouse-{self._profile.name}-{image.name}"
-            self._say(f"wheelhouse: {folder}")
+            self._say(f"wheelhouse: {folder}; what it lacks is downloaded, 40 MB at the first time")
             wheelhouse = build_wheelhouse(self._profile, image, folder)
         return make_seed(self._order, wheelhouse.folder)
 

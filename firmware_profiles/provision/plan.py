@@ -5,10 +5,11 @@ Until that line is there the card boots as it would have; a run that was cut off
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from firmware_profiles.errors import FlashError
 from firmware_profiles.provision import cloud_init, firstrun, preseed
 from firmware_profiles.provision.boot import Boot
 from firmware_profiles.provision.detect import CMDLINE, System
@@ -40,7 +41,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(boot: Boot, system: System, order: Order, seed: Seed) -> Plan:
-    """Compares what is there with what is to be there."""
+    """Compares what is there with what is to be there. Raises FlashError when it has no room."""
     files = dict(seed.files) | first_boot_files(system, order, seed)
     changes = [
         Change(name, "remove", 0)
@@ -53,7 +54,21 @@ def make_plan(boot: Boot, system: System, order: Order, seed: Seed) -> Plan:
         there = boot.read(name)
         action: Action = "create" if there is None else "keep" if there == wanted else "replace"
         changes.append(Change(name, action, len(wanted)))
-    return Plan(changes, files)
+    plan = Plan(changes, files)
+    _check_room(boot, plan)
+    return plan
+
+
+def _check_room(boot: Boot, plan: Plan) -> None:
+    """Before anything is written. What is replaced lies there twice for a moment, one at a time."""
+    new = [change.size_bytes for change in plan.pending if change.action == "create"]
+    replaced = [change.size_bytes for change in plan.pending if change.action == "replace"]
+    needed, free = sum(new) + max(replaced, default=0), boot.free_bytes()
+    if needed > free:
+        raise FlashError(
+            f"{boot.where}: the boot partition has no room: {needed / 1e6:.1f} MB needed, "
+            f"{free / 1e6:.1f} MB free; write the image afresh"
+        )
 
 
 def first_boot_files(system: System, order: Order, seed: Seed) -> dict[str, bytes]:
@@ -71,14 +86,13 @@ def first_boot_files(system: System, order: Order, seed: Seed) -> dict[str, byte
     return files
 
 
-def apply_plan(boot: Boot, plan: Plan, notify: Callable[[Change], None]) -> None:
+def apply_plan(boot: Boot, plan: Plan) -> None:
     """Make the changes. Raises FlashError."""
     for change in plan.pending:
         if change.action == "remove":
             boot.remove(change.name)
         else:
             boot.write(change.name, _bytes(plan.files[change.name]))
-        notify(change)
 
 
 def _bytes(data: bytes | Path) -> bytes:
