@@ -29,6 +29,7 @@ from musplit.support import (
     fail,
     format_option,
     guarded,
+    meter_options,
     parse_address,
     resume_option,
     run_folder,
@@ -265,15 +266,7 @@ def shard(
 @click.option("--stand-in", type=click.Path(path_type=Path), metavar="FILE",
               help="Take as long as another board; musplit emulate --fleet writes FILE."
               )  # fmt: skip
-@click.option("--profile", metavar="NAME|FILE",
-              help="This board's profile: its sensors and its model.  [default: as it looks]"
-              )  # fmt: skip
-@click.option("--meter", default="auto", show_default=True, metavar="KIND[:..]",
-              help="Power meter; docs/energy.md lists the kinds. model: none.")  # fmt: skip
-@click.option("--meter-hz", type=FiniteRange(0, 1000, min_open=True), metavar="HZ",
-              help="Readings per second.  [default: 10; plugs 1]")  # fmt: skip
-@click.option("--require-measured", is_flag=True,
-              help="End with code 8 unless the energy is measured.")  # fmt: skip
+@meter_options
 @click.option("--wait-s", default=600.0, type=SECONDS, show_default=True, metavar="S",
               help="Give up when the server is silent for this long.")  # fmt: skip
 @click.option("--offline-s", default=300.0, type=SECONDS, show_default=True, metavar="S",

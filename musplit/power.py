@@ -9,25 +9,17 @@ from typing import Any
 
 import click
 
-from musplit.support import FiniteRange, fail, format_option, guarded, say
+from musplit.support import FiniteRange, fail, format_option, guarded, meter_options, say
 
 
 @click.command()
-@click.option("--profile", metavar="NAME|FILE",
-              help="This board's profile: its sensors and its model.  [default: as it looks]"
-              )  # fmt: skip
-@click.option("--meter", default="auto", show_default=True, metavar="KIND[:..]",
-              help="Power meter; docs/energy.md lists the kinds. model: none.")  # fmt: skip
-@click.option("--meter-hz", type=FiniteRange(0, 1000, min_open=True), metavar="HZ",
-              help="Readings per second.  [default: 10; plugs 1]")  # fmt: skip
+@meter_options
 @click.option("--seconds", default=10.0, type=FiniteRange(0.1, 86_400), show_default=True,
               metavar="S", help="How long to read.")  # fmt: skip
 @click.option("--recorded", type=click.Path(path_type=Path), metavar="FILE",
               help="Integrate a CSV file that a meter has recorded, instead.")  # fmt: skip
 @click.option("--csv", "samples", type=click.Path(path_type=Path), metavar="FILE",
               help="Write the readings: t_s, power_w.")  # fmt: skip
-@click.option("--require-measured", is_flag=True,
-              help="End with code 8 unless the energy is measured.")  # fmt: skip
 @format_option
 def power(
     profile: str | None, meter: str, meter_hz: float | None, seconds: float,

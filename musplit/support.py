@@ -110,6 +110,25 @@ def _is_host(text: str) -> bool:
     return bool(text) and text.isprintable() and not set(text) & set(" /\\#'\"")
 
 
+def meter_options(command: Command) -> Command:
+    """--profile, --meter, --meter-hz and --require-measured."""
+    command = click.option(
+        "--require-measured", is_flag=True, help="End with code 8 unless the energy is measured."
+    )(command)
+    command = click.option(
+        "--meter-hz", type=FiniteRange(0, 1000, min_open=True), metavar="HZ",
+        help="Readings per second.  [default: 10; plugs 1]",
+    )(command)  # fmt: skip
+    command = click.option(
+        "--meter", default="auto", show_default=True, metavar="KIND[:..]",
+        help="Power meter; docs/energy.md lists the kinds. model: none.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--profile", metavar="NAME|FILE",
+        help="This board's profile: its sensors and its model.  [default: as it looks]",
+    )(command)  # fmt: skip
+
+
 def broker_options(command: Command) -> Command:
     """--broker, --identity, --insecure and --connect-s."""
     command = click.option(

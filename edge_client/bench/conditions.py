@@ -9,22 +9,20 @@ throttle  a word of what the machine's source says:
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import psutil
 
+from edge_client.firmware import throttled_bits
+
 _ROOT: Final = Path("/")
-_PI_FILE: Final = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _COUNTERS: Final = (
     "sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count",
     "sys/class/hwmon/hwmon*/oc*_event_cnt",
 )
 _PI_FLAGS: Final = 0xF000F
-_FIRMWARE_S: Final = 5.0
 
 
 class Conditions(NamedTuple):
@@ -79,29 +77,11 @@ def _frequency_hz(root: Path) -> float | None:
 
 
 def _throttle(root: Path) -> str | None:
-    word = _pi_word(root)
+    word = throttled_bits(root)
     if word is not None:
         return f"vcgencmd:{word:#x}"
     counts = [count for pattern in _COUNTERS for count in _numbers(root, pattern)]
     return f"counter:{int(sum(counts))}" if counts else None
-
-
-def _pi_word(root: Path) -> int | None:
-    try:
-        return int((root / _PI_FILE).read_text(encoding="ascii"), 16)
-    except (OSError, ValueError):
-        pass
-    command = shutil.which("vcgencmd") if root == _ROOT else None
-    if command is None:
-        return None
-    try:
-        told = subprocess.run(
-            [command, "get_throttled"], capture_output=True, text=True, timeout=_FIRMWARE_S,
-            check=True,
-        )  # fmt: skip
-        return int(told.stdout.strip().partition("=")[2], 16)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
 
 
 def _numbers(root: Path, pattern: str) -> Iterator[float]:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Final
 
 from edge_client.doctor.findings import Board, Findings, error, ok, warning
+from edge_client.firmware import throttled_bits
 from edge_client.power.find import MeterOptions, find_meter
 from wire_protocol.energy import NoEnergy
 
 # Raspberry Pi firmware: bits 0-3 now, the same 16 higher since boot.
 _FLAGS: Final = ("under-voltage", "frequency capped", "throttled", "soft temperature limit")
 _SINCE_BOOT: Final = 16
-_FIRMWARE_FILES: Final = "sys/devices/platform/soc*/*firmware/get_throttled"
 _OVER_CURRENT: Final = "sys/class/hwmon/hwmon*/oc*_event_cnt"  # Jetson, soctherm_oc
 _WARM_C: Final = 70.0
 _HOT_C: Final = 80.0  # where Raspberry Pi firmware begins to throttle
-_TIMEOUT_S: Final = 5.0
 _SUPPLY: Final = "use the board's own supply and a short cable, unplug what draws from its USB"
 _COOL: Final = "add a heat sink or a fan, and let air to it"
 _INVALID: Final = "speed changes in mid-run; figures of latency and energy are not valid"
@@ -41,7 +37,7 @@ def check_power(board: Board) -> Findings:
 
 
 def _throttling(board: Board) -> Findings:
-    bits = _throttled_bits(board)
+    bits = throttled_bits(board.root)
     if bits is not None:
         yield from _judge(bits)
         return
@@ -78,25 +74,6 @@ def _judge(bits: int) -> Findings:
         yield warning("throttling", told, _INVALID, f"{remedy}; then restart, which clears it")
     else:
         yield ok("throttling", f"no flag now or since boot (get_throttled {bits:#x})")
-
-
-def _throttled_bits(board: Board) -> int | None:
-    """From the kernel's file, or by vcgencmd; None where there is neither."""
-    for path in board.glob(_FIRMWARE_FILES):
-        text = board.read(str(path.relative_to(board.root)))
-        if text:
-            return int(text, 16)
-    vcgencmd = shutil.which("vcgencmd") if board.root == Path("/") else None
-    if vcgencmd is None:
-        return None
-    try:
-        done = subprocess.run(
-            [vcgencmd, "get_throttled"], check=False, capture_output=True, text=True,
-            timeout=_TIMEOUT_S,
-        )  # fmt: skip
-        return int(done.stdout.strip().partition("throttled=")[2], 16)
-    except (OSError, ValueError, subprocess.TimeoutExpired):
-        return None
 
 
 def _temperature(board: Board) -> Findings:
