@@ -7,10 +7,9 @@ order: the agent repeats what got no answer, and ignores what it already knows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from edge_client.blobs import BlobFetch, BundleFetch
 from edge_client.bundle import Bundle, read_bundle
@@ -18,12 +17,13 @@ from edge_client.commit_queue import CommitQueue, own_round
 from edge_client.errors import BundleError
 from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
-from edge_client.pacing import PacedSession, Pacing
+from edge_client.open_round import OpenRound
+from edge_client.pacing import PacedSession
 from edge_client.power.phases import RADIO, WAIT
 from edge_client.power.source import EnergySource
 from edge_client.session import ClientSession
+from edge_client.settings import AgentSettings
 from edge_client.shard import Shard, check_shard
-from edge_client.stand_in import StandIn
 from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
 from identity.errors import UntrustedError
@@ -35,7 +35,6 @@ from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.messages import (
     Chunk,
     Commit,
-    Derivatives,
     DownMessage,
     End,
     Hello,
@@ -68,21 +67,6 @@ _CROWDED_S: Final = 0.02
 _IDLE_S: Final = 0.25
 
 
-class AgentSettings(NamedTuple):
-    """How a device takes part; times in seconds."""
-
-    device_id: str
-    fleet: str
-    threads: int = 1
-    speed: float = 1.0
-    delay_s: float = 0.0
-    stand_in: StandIn | None = None  # stands instead of speed and delay_s
-    bundle: Path | None = None
-    identity: Path | None = None  # where signer.pub lies; without it bundles need no signature
-    wait_s: float = 600.0  # for a server to answer the join
-    offline_s: float = 300.0  # for a lost broker to come back
-
-
 class Agent:
     """One device of a fleet. `run` returns the reason the run ended with."""
 
@@ -109,19 +93,13 @@ class Agent:
         self.unmeasured = ""  # why a run's energy was not measured
         self._alive = alive
         self._epoch = epoch
-        self._own_bundle = _read_own(settings)
+        self._own_bundle = settings.read_bundle()
         self._welcome: Welcome | None = None
         self._trainer: Trainer | None = None
         self._fetch: BlobFetch | BundleFetch | None = None
         self._snapshot: Snapshot | None = None
-        self._work: Iterator[bytes | Derivatives | None] | None = None
-        self._answering: int | None = None  # the round whose cut gradient came
-        self._answer: Derivatives | None = None  # to it, until it is acknowledged
-        self._sent: list[bytes] = []  # frames of the open round
-        self._unsent: list[bytes] = []  # those of them that are to be sent again
+        self._open = OpenRound(epoch, self._publish_frame, self._send)
         self._later = CommitQueue()
-        self._begun_round: int | None = None  # the last one computed here
-        self._started_unix_s = 0.0
         self._fetch_began = self._run_began = (0, 0)  # stream bytes, up and down
         self._bundle_bytes = (0, 0)
         now_s = time.monotonic()
@@ -155,8 +133,7 @@ class Agent:
         crowded = self._link.backlog > _BACKLOG
         if not crowded:
             self._advance()
-        busy = self._work is not None or bool(self._unsent)
-        event = self._link.next_event(self._rest(crowded=crowded, busy=busy))
+        event = self._link.next_event(self._rest(crowded=crowded))
         self._stopwatch.enter(WAIT)
         if isinstance(event, Connected):
             self._offline_since_s = None
@@ -168,11 +145,11 @@ class Agent:
             self._receive(event.payload)
         self._check_time()
 
-    def _rest(self, *, crowded: bool, busy: bool) -> float:
+    def _rest(self, *, crowded: bool) -> float:
         """How long to wait for an event; what is under way meanwhile is the radio's time."""
         under_way = self._offline_since_s is None and self._link.backlog > 0
         self._stopwatch.enter(RADIO if under_way or self._fetch is not None else WAIT)
-        if busy:
+        if self._open.busy:
             return _CROWDED_S if crowded else 0.0
         return _CROWDED_S if under_way else _IDLE_S
 
@@ -200,13 +177,8 @@ class Agent:
         trainer.check_gradient(frame)
         self._heard_s = self._repeated_s = time.monotonic()
         late = frame.round != trainer.next_round or frame.round == self._acknowledged_round
-        if late or self._snapshot is not None:
-            return
-        if self._answering != frame.round:  # the activation is at the server
-            self._answering, self._unsent = frame.round, []
-            self._work = trainer.answer(self._epoch, frame.tensor)
-        elif self._answer is not None:
-            self._send(self._answer)
+        if not late and self._snapshot is None:
+            self._open.take_gradient(frame, trainer)
 
     def _handle(self, message: DownMessage) -> None:
         match message:
@@ -236,7 +208,7 @@ class Agent:
                 "this build computes other directions than the server's: install the same musplit "
                 f"version on both (here {version('musplit')})"
             )
-        self._check_signature(welcome)
+        self._settings.check_signature(welcome)
         if self._welcome is not None:  # the old run's server went away without an End
             self._forget_run()
         self._welcome = welcome
@@ -254,22 +226,13 @@ class Agent:
             digest, size_bytes = welcome.manifest_sha256, welcome.manifest_bytes
             self._request(self._store.fetch_bundle(digest, size_bytes))
 
-    def _check_signature(self, welcome: Welcome) -> None:
-        """Before anything of the bundle is fetched or run. Raises UntrustedError."""
-        if self._settings.identity is not None:
-            # Ten megabytes that a device without an identity does not pay.
-            from identity.signatures import check_bundle  # noqa: PLC0415
-
-            digest, signature = welcome.manifest_sha256, welcome.bundle_signature
-            check_bundle(self._settings.identity, digest, signature)
-
     def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
         """The server may be another start of it, which knows nothing of the open round."""
         self._acknowledged_round = None
         if trainer.next_round > welcome.next_round:  # it lost commits
             self._say(f"the server is back at round {welcome.next_round}: starting over")
             trainer.start_over()
-            self._drop_round()
+            self._open.drop()
             self._later.take()
         self._ready()
 
@@ -303,7 +266,7 @@ class Agent:
             scratch = trainer.scratch
             whole = fetch.finish(as_octets(scratch))
             if whole and trainer.restore(scratch, snapshot.next_round):
-                self._drop_round()
+                self._open.drop()
                 self._later.take()
         self._drop_fetch()
         self._ready()
@@ -324,7 +287,10 @@ class Agent:
         if welcome is None:
             return
         check_shard(self._shard, bundle.manifest)
-        pacing = self._pacing(welcome, bundle)
+        pacing = self._settings.pacing(welcome, bundle)
+        if self._settings.stand_in is not None:
+            board = self._settings.stand_in.board
+            self._say(f"stands for {board}: {1e3 * pacing.forward_s:.3g} ms a forward")
         session = PacedSession(ClientSession(bundle, welcome.batch, self._settings.threads), pacing)
         self._trainer = Trainer(
             welcome, session, bundle, self._shard, time.monotonic, stopwatch=self._stopwatch
@@ -344,16 +310,6 @@ class Agent:
         )
         self._ready()
 
-    def _pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
-        settings = self._settings
-        if settings.stand_in is None:
-            return Pacing(settings.speed, delay_s=lambda _: settings.delay_s)
-        pacing = settings.stand_in.pacing(welcome, bundle)
-        self._say(
-            f"stands for {settings.stand_in.board}: {1e3 * pacing.forward_s:.3g} ms a forward"
-        )
-        return pacing
-
     # -- training ----------------------------------------------------------------------------
 
     def _train(self, message: Round | Commit | Snapshot | Scalars, trainer: Trainer) -> None:
@@ -372,12 +328,12 @@ class Agent:
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
             case Scalars() if message.round == trainer.next_round:
-                self._acknowledged_round, self._answer = message.round, None
-                self._drop_round()
+                self._acknowledged_round = message.round
+                self._open.drop()
                 self._apply_later(trainer)
             case Round() if message.round == trainer.next_round != self._acknowledged_round:
                 if trainer.welcome.device in message.participants:
-                    self._take_part(trainer)
+                    self._open.take_part(trainer)
             case Round() | Commit() if message.round > trainer.next_round:
                 if time.monotonic() - self._advanced_s > GAP_S:
                     self._ready()
@@ -401,14 +357,14 @@ class Agent:
         given it up and asks for a newer one.
         """
         match message:
-            case Commit() if self._work is not None or self._sent:
+            case Commit() if self._open.in_use:
                 if own_round(message, trainer.welcome.device) != trainer.next_round:
                     self._later.add(message, trainer.next_round)
                     return True
-                self._drop_round()
+                self._open.drop()
                 self._apply_later(trainer)
             case Round() if 0 < message.round - trainer.next_round <= len(self._later):
-                self._drop_round()
+                self._open.drop()
                 self._apply_later(trainer, message.round - trainer.next_round)
             case _:
                 pass
@@ -420,50 +376,21 @@ class Agent:
             if commit.round == trainer.next_round:
                 self._commit(commit, trainer)
 
-    def _take_part(self, trainer: Trainer) -> None:
-        if self._sent:  # the server asks again: what we sent was lost, or is still under way
-            self._unsent = list(self._sent)
-        elif self._work is None and self._answering is None:
-            self._started_unix_s = time.time()
-            self._begun_round = trainer.next_round
-            self._work = trainer.steps(self._epoch)
-
     def _advance(self) -> None:
-        """One frame sent again, or one direction further: a commit is noticed in between."""
-        if self._unsent:
-            self._publish_frame(self._unsent.pop(0))
-            return
-        if self._work is None:
-            return
-        try:
-            payload = next(self._work)
-        except StopIteration:
-            self._work = None
-            return
-        # Computing is no silence of the server's.
-        self._heard_s = self._repeated_s = time.monotonic()
-        if isinstance(payload, Derivatives):
-            self._answer = payload
-            self._send(payload)
-        elif payload is not None:
-            self._sent.append(payload)
-            self._publish_frame(payload)
-
-    def _drop_round(self) -> None:
-        """What was computed of the open round is of no use any more."""
-        self._work, self._sent, self._unsent = None, [], []
-        self._answering = self._answer = None
+        """A little further; a commit is noticed in between."""
+        if self._open.advance():  # computing is no silence of the server's
+            self._heard_s = self._repeated_s = time.monotonic()
 
     def _publish_frame(self, payload: bytes) -> None:
         self._publish(self._topics.frame(self._settings.device_id), payload)
 
     def _commit(self, commit: Commit, trainer: Trainer) -> None:
-        self._drop_round()
+        self._open.drop()
         replay_s = trainer.apply(commit)
         reported = commit.round
         if self._asynchronous:  # of others' commits there is nothing to tell
             own = own_round(commit, trainer.welcome.device)
-            reported = own if own is not None and own == self._begun_round else -1
+            reported = own if own is not None and own == self._open.begun else -1
         if reported >= 0:
             self._report(reported, replay_s, trainer)
         self._advanced_s = time.monotonic()
@@ -498,8 +425,8 @@ class Agent:
         self._later.take()
         self._welcome = self._trainer = None
         self._metered = False
-        self._drop_round()
-        self._acknowledged_round = self._mismatch_round = self._begun_round = None
+        self._open.drop()
+        self._acknowledged_round = self._mismatch_round = self._open.begun = None
         self._run_began = (self._link.bytes_up, self._link.bytes_down)
         self._bundle_bytes = (0, 0)
 
@@ -519,7 +446,7 @@ class Agent:
                 f"{self._settings.wait_s:.0f} s; is `musplit serve` running on this broker?"
             )
         last_s = self._repeated_s if self._fetch is None else self._fetched_s
-        if self._work is None and now_s - last_s > REPEAT_S:
+        if not self._open.computing and now_s - last_s > REPEAT_S:
             self._repeated_s = now_s
             self._repeat()
 
@@ -530,8 +457,7 @@ class Agent:
             self._fetch.restart()
             self._request(self._fetch)
         elif self._trainer is not None:
-            if self._answer is not None:
-                self._send(self._answer)
+            self._open.answer_again()
             self._ready()
         else:
             self._join()
@@ -553,7 +479,7 @@ class Agent:
         up, down = self._run_began
         self._send(
             trainer.report(
-                self._epoch, round_number, self._started_unix_s, replay_s,
+                self._epoch, round_number, self._open.started_unix_s, replay_s,
                 stream=(self._link.bytes_up - up, self._link.bytes_down - down),
                 bundle=self._bundle_bytes, rss=memory_bytes(), energy=self._energy.so_far(),
             )
@@ -581,15 +507,3 @@ class Agent:
             self._store.save_weights(
                 SavedWeights(trainer.welcome.run, trainer.next_round, trainer.state)
             )
-
-
-def _read_own(settings: AgentSettings) -> Bundle | None:
-    """The bundle of --bundle. Raises BundleError, or UntrustedError where signatures count."""
-    if settings.bundle is None:
-        return None
-    try:
-        return read_bundle(settings.bundle)
-    except BundleError as error:
-        if settings.identity is None:
-            raise
-        raise UntrustedError(f"{error}; nothing of it is run") from error

@@ -6,9 +6,10 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_client.agent import Agent, AgentSettings
+from edge_client.agent import Agent
 from edge_client.notify import Notifier
 from edge_client.power.choose import EnergyChoice, energy_source
+from edge_client.settings import AgentSettings
 from edge_client.shard import load_shard
 from edge_client.state import StateStore
 from wire_protocol.allocator import keep_freed_memory

@@ -120,10 +120,10 @@ def device(
     musplit device --id pi-1 --broker 192.168.1.10 --identity identity --data shard-000.npz
     """
     with guarded():
-        from edge_client.agent import AgentSettings
         from edge_client.power.choose import EnergyChoice
         from edge_client.power.find import MeterOptions
         from edge_client.program import run_device
+        from edge_client.settings import AgentSettings
         from edge_client.stand_in import read_stand_in
         from firmware_profiles.catalogue import load_profile
         from wire_protocol.tls import tls_for

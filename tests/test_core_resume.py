@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from core_support import tiny_config
 
-from edge_client.agent import Agent, AgentSettings
+from edge_client.agent import Agent
 from edge_client.power.source import NoSource
+from edge_client.settings import AgentSettings
 from edge_client.shard import Shard
 from edge_client.state import StateStore, read_bundle
 from edge_client.trainer import Trainer

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from core_support import tiny_config
 
-from edge_client.agent import Agent, AgentSettings
+from edge_client.agent import Agent
 from edge_client.bundle import read_bundle
 from edge_client.power.source import NoSource
+from edge_client.settings import AgentSettings
 from edge_client.shard import Shard
 from edge_client.state import StateStore
 from emulation.inprocess import InProcessFleet
