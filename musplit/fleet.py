@@ -180,15 +180,17 @@ def serve(
         from server_node.serve import serve as run_server
         from wire_protocol.tls import tls_for
 
+        if resume is not None:
+            check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
+        elif config is None:
+            fail("give CONFIG, or --resume RUN", 2)
         address, notify = parse_address(broker, tls=identity is not None), server_notifier(output)
         access = Access(address, tls_for(address, identity, insecure=insecure), connect_s)
         if resume is not None:
-            check_alone(resume, {"CONFIG": config, "--out": out, "--set": overrides})
             with redirect_stdout(sys.stderr):
                 summary = resume_server(resume, access, notify)
-        elif config is None:
-            fail("give CONFIG, or --resume RUN", 2)
         else:
+            assert config is not None
             checked = load_config(config, list(overrides))
             folder = out or run_folder(config)
             with redirect_stdout(sys.stderr):  # events go where stdout was
