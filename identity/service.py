@@ -147,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> tuple[HTTPStatus, Answer | Refusal]:
         now_s = service.read_unix_s()
         if service.limit.reached(address, now_s):
+            # A client listens once it has sent all: closing on unread bytes would cut the answer.
+            self.rfile.read(self._length())
             return HTTPStatus.TOO_MANY_REQUESTS, Refusal("too many refusals; wait a minute")
         device_id = ""
         try:
@@ -163,15 +165,22 @@ class _Handler(BaseHTTPRequestHandler):
         return HTTPStatus.OK, Answer(enrolment.certificate.decode(), enrolment.signer.decode())
 
     def _body(self) -> Request:
+        length = self._length()
+        text = self.rfile.read(length)
         if self.path != PATH:
             raise EnrolmentError(f"there is nothing but POST {PATH} here")
-        length = self.headers.get("Content-Length", "")
-        if not _LENGTH.fullmatch(length) or not 0 < int(length) <= MAX_BYTES:
+        if not length:
             raise EnrolmentError(f"a request has 1 to {MAX_BYTES} bytes, and says how many")
         try:
-            return msgspec.json.decode(self.rfile.read(int(length)), type=Request)
+            return msgspec.json.decode(text, type=Request)
         except msgspec.DecodeError as error:
             raise EnrolmentError("not an enrolment request of this version") from error
+
+    def _length(self) -> int:
+        """Bytes of the request's body; 0 when it does not say, or says too many."""
+        text = self.headers.get("Content-Length", "")
+        length = int(text) if _LENGTH.fullmatch(text) else 0
+        return length if length <= MAX_BYTES else 0
 
     def _answer(self, status: HTTPStatus, answer: Answer | Refusal) -> None:
         body = msgspec.json.encode(answer)

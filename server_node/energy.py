@@ -157,13 +157,14 @@ def energy_fields(energies: Energies, work: Work, so_far: Sequence[SoFar]) -> di
 def _to_target(
     name: str, known: Total | None, total: Total | str, work: Work, so_far: list[float | None]
 ) -> dict[str, Any]:
-    """Reports of a round come after its row: the next row has them, or the total."""
+    """Reports of a round come after its row: the first later row has them that knows all devices.
+
+    Or the total. So it is an upper bound, of a round's joules too many in most runs.
+    """
     joules, reason = None, str(total) if known is None else work.target_reason
     if known is not None and work.target_round is not None:
-        later = so_far[work.target_round + 1 : work.target_round + 2]
-        joules = later[0] if later else known.joules
-        if joules is None:
-            reason = "the reports of that round are missing"
+        later = (value for value in so_far[work.target_round + 1 :] if value is not None)
+        joules = next(later, known.joules)
     return {f"{name}_to_target_j": joules, f"{name}_to_target_reason": reason}
 
 
