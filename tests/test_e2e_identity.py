@@ -11,7 +11,17 @@ from pathlib import Path
 import psutil
 import pytest
 from click.testing import CliRunner, Result
-from harness import LOOPBACK, TINY, Bench, Child, Digests, free_port, make_shards, undisturbed
+from harness import (
+    DIGITS,
+    LOOPBACK,
+    TINY,
+    Bench,
+    Child,
+    Digests,
+    free_port,
+    make_shards,
+    undisturbed,
+)
 from identity_support import Lab, needs_mosquitto
 from msgspec.structs import replace
 
@@ -180,7 +190,7 @@ def test_the_list_shows_who_is_who(site):
 
 
 def test_no_identity_beyond_loopback(site):
-    for what in (("device", "--id", "x", "--data", str(site.shards[0])), ("serve",)):
+    for what in (("device", "--id", "x", "--data", str(site.shards[0])), ("serve", str(DIGITS))):
         done = command(*what, "--broker", "192.0.2.1")
         assert done.exit_code == 3
         assert "beyond loopback a certificate is needed; give --identity DIR" in done.stderr
