@@ -10,7 +10,16 @@ from typing import Any
 
 import click
 
-from musplit.support import Command, FiniteRange, fail, format_option, guarded, parse_address, say
+from musplit.support import (
+    Command,
+    FiniteRange,
+    fail,
+    format_option,
+    guarded,
+    parse_address,
+    print_facts,
+    say,
+)
 
 _FOLDER = click.Path(path_type=Path)
 _HOST = click.option("--host", "hosts", multiple=True, metavar="NAME",
@@ -57,7 +66,7 @@ def init(folder: Path, hosts: tuple[str, ...], fleets: tuple[str, ...], output: 
     facts = {"ca": str(folder / "ca.pem")} | {
         f"server_{fleet}": str(folder / "servers" / fleet) for fleet in fleets or ("lab",)
     }
-    _print(facts, output)
+    print_facts(facts, output)
     if not hosts:
         say("note: without --host only this machine reaches the broker; musplit ca broker-config "
             "--host ADDRESS adds one")  # fmt: skip
@@ -77,7 +86,7 @@ def fleet(folder: Path, name: str, output: str) -> None:
         from identity.authority import Authority
 
         made = Authority(folder).add_fleet(name, time.time())
-    _print({"server": str(made)}, output)
+    print_facts({"server": str(made)}, output)
 
 
 @ca.command()
@@ -275,11 +284,3 @@ def _read_token(path: Path) -> str:
     if len(data) > 256 or not data.isascii():
         fail(f"{path}: no enrolment token; make one: musplit ca enroll DEVICE --out FILE", 3)
     return data.decode()
-
-
-def _print(facts: dict[str, Any], output: str) -> None:
-    if output == "json":
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        print(f"{name:16} {value}")

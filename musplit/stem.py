@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import click
 
-from musplit.support import format_option, guarded, say, set_option
+from musplit.support import format_option, guarded, print_facts, say, set_option
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -58,7 +57,7 @@ def filters(
         "filters": str(written.filters), "bundle": str(written.bundle),
         "features": written.features, "public_samples": written.public_samples,
     }  # fmt: skip
-    _print(facts, output)
+    print_facts(facts, output)
 
 
 @stem.command()
@@ -101,7 +100,7 @@ def stats(bundle: Path, data: Path, threads: int, out: Path, output: str) -> Non
         "stats": str(out), "samples": moments.samples, "features": len(moments.total),
         "bytes": size_bytes,
     }  # fmt: skip
-    _print(facts, output)
+    print_facts(facts, output)
 
 
 @stem.command()
@@ -125,12 +124,4 @@ def fit(
 
         say(f"adding the sums of {len(stats)} devices")
         model = write_stem(folder, map(load_moments, stats), dim, out)
-    _print({"weights": str(out), "model": model}, output)
-
-
-def _print(facts: dict[str, object], output: str) -> None:
-    if output == "json":
-        print(json.dumps(facts))
-        return
-    for name, value in facts.items():
-        print(f"{name:16} {value}")
+    print_facts({"weights": str(out), "model": model}, output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -85,6 +86,15 @@ def guarded(extra: str = "") -> Iterator[None]:
 def say(text: str) -> None:
     """A line of progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def print_facts(facts: dict[str, Any], output: str) -> None:
+    """What a command did: a line each, or one JSON object."""
+    if output == "json":
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name:16} {value}")
 
 
 def parse_address(text: str, *, tls: bool = False, default_port: int = 0) -> Any:

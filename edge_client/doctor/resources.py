@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from edge_client.doctor.findings import Board, Findings, error, ok, warning
+from edge_client.doctor.findings import Board, Finding, Findings, error, ok, warning
 from firmware_profiles.schema import Profile
 
 _MB: Final = 10**6
@@ -32,12 +32,7 @@ def check_disk(state: Path) -> Findings:
     free_mb = figures.f_bavail * figures.f_frsize // _MB
     told, why = f"{free_mb} MB free in {folder}", "weights, bundles and logs need room"
     remedy = "free some (journalctl --vacuum-size=50M, apt-get clean), or take a larger card"
-    if free_mb < _DISK_LEAST_MB:
-        yield error("disk", told, why, remedy)
-    elif free_mb < _DISK_ENOUGH_MB:
-        yield warning("disk", told, why, remedy)
-    else:
-        yield ok("disk", told)
+    yield _room("disk", free_mb, (_DISK_LEAST_MB, _DISK_ENOUGH_MB), told, why, remedy)
 
 
 def check_memory(board: Board) -> Findings:
@@ -56,12 +51,19 @@ def check_memory(board: Board) -> Findings:
         yield from _against_profile(board.profile, total_mb)
     told, why = f"{free_mb} of {total_mb} MB available", "the idle device program takes 90 MB"
     remedy = "stop other programs (a desktop above all), or cut the model earlier: musplit plan"
-    if free_mb < _MEMORY_LEAST_MB:
-        yield error("memory", told, why, remedy)
-    elif free_mb < _MEMORY_ENOUGH_MB:
-        yield warning("memory", told, why, remedy)
-    else:
-        yield ok("memory", told)
+    yield _room("memory", free_mb, (_MEMORY_LEAST_MB, _MEMORY_ENOUGH_MB), told, why, remedy)
+
+
+def _room(
+    check: str, free_mb: int, limits_mb: tuple[int, int], told: str, why: str, remedy: str
+) -> Finding:
+    """An error below the first limit, a warning below the second."""
+    least_mb, enough_mb = limits_mb
+    if free_mb < least_mb:
+        return error(check, told, why, remedy)
+    if free_mb < enough_mb:
+        return warning(check, told, why, remedy)
+    return ok(check, told)
 
 
 def _against_profile(profile: Profile, total_mb: int) -> Findings:
