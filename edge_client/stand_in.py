@@ -30,10 +30,10 @@ from wire_protocol.directions import DirectionGenerator, DirectionId, Stream
 from wire_protocol.messages import Welcome
 
 # How long the undisturbed step is measured, and how often at least.
-_MEASURE_S: Final = 0.5
+_MEASURE_S: Final = 1.0
 _STEPS: Final = 5
 # Of the measured steps, this part is taken to be disturbed by nobody.
-_UNDISTURBED: Final = 0.25
+_UNDISTURBED: Final = 0.1
 _DIRECTIONS: Final = 2  # of the measured step at most: perturbing weighs little against forwards
 # Measurements on one machine differ by this much without anybody being to blame.
 _TOLERANCE: Final = 1.1
@@ -73,23 +73,24 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
     delay: Delay = Delay()
     power: Power | None = None  # what the model of its energy rests on
     cores: Annotated[int, Meta(ge=1)] = 1
-    slow_motion: Annotated[float, Meta(ge=1)] = 1.0  # is in ratio, calibrated and delay
+    slow_motion: Annotated[float, Meta(ge=1)] = 1.0  # all takes so many times as long as there
 
     def pacing(self, welcome: Welcome, bundle: Bundle) -> Pacing:
         """For one run. Raises PaceError when the board is faster than this machine."""
-        here_s = self._here_s(welcome, bundle)
-        there_s = (
+        here_s = self.here_s(bundle, welcome.batch, welcome.directions)
+        there_s = self.slow_motion * (
             self.calibrated_s(bundle.digest, welcome.batch, welcome.directions)
             or here_s * self.ratio
         )
         if here_s > there_s * _TOLERANCE:
             raise PaceError(
                 f"{self.board} takes {1e3 * there_s:.3g} ms for a forward of this model, this "
-                f"machine {1e3 * here_s:.3g} ms: it is too slow to stand for that board"
+                f"machine {1e3 * here_s:.3g} ms: too slow to stand for that board; give the fleet "
+                'file a larger slow_motion, or "auto"'
             )
 
         def delay_s(number: int) -> float:
-            return self.delay.draw_s(welcome.run_seed, welcome.device, number)
+            return self.slow_motion * self.delay.draw_s(welcome.run_seed, welcome.device, number)
 
         return Pacing(forward_s=there_s, ratio=max(1.0, there_s / here_s), delay_s=delay_s)
 
@@ -115,7 +116,7 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
         return entry.step_s / (2 * entry.directions + 1)
 
     def known_s(self, digest: str, batch: int, directions: int) -> float | None:
-        """What `pacing` held the forwards to, if devices have asked for it already."""
+        """What a forward takes on the board, if the step here was measured already."""
         calibrated_s = self.calibrated_s(digest, batch, directions)
         if calibrated_s is not None:
             return calibrated_s
@@ -125,30 +126,31 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
             return None
         return float(text) * self.ratio
 
-    def _known(self, digest: str, batch: int, directions: int) -> Path:
-        """The file that holds what a forward takes here."""
-        shown = min(directions, _DIRECTIONS)
-        return Path(self.turns) / f"{digest}-{batch}-{shown}-{self.host_threads}"
+    def here_s(self, bundle: Bundle, batch: int, directions: int) -> float:
+        """A forward here, with its perturbation: measured by whoever comes first.
 
-    def _here_s(self, welcome: Welcome, bundle: Bundle) -> float:
-        """A forward here, with its perturbation: measured by whoever comes first."""
-        directions = min(welcome.directions, _DIRECTIONS)
-        known = self._known(bundle.digest, welcome.batch, directions)
+        `directions`: of a step. Raises PaceError when `turns` cannot be used.
+        """
+        directions = min(directions, _DIRECTIONS)
+        known = self._known(bundle.digest, batch, directions)
         folder = known.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "turn").open("wb") as turn:
                 fcntl.flock(turn, fcntl.LOCK_EX)
                 if not known.exists():
-                    seconds = measure_forward_s(
-                        bundle, welcome.batch, directions, self.host_threads
-                    )
+                    seconds = measure_forward_s(bundle, batch, directions, self.host_threads)
                     fresh = known.with_suffix(".new")
                     fresh.write_text(repr(seconds), encoding="ascii")
                     fresh.replace(known)
                 return float(known.read_text(encoding="ascii"))
         except (OSError, ValueError) as error:
             raise PaceError(f"{folder}: cannot be used for measuring ({error})") from error
+
+    def _known(self, digest: str, batch: int, directions: int) -> Path:
+        """The file that holds what a forward takes here."""
+        shown = min(directions, _DIRECTIONS)
+        return Path(self.turns) / f"{digest}-{batch}-{shown}-{self.host_threads}"
 
 
 def read_stand_in(path: Path) -> StandIn:

@@ -28,7 +28,8 @@ def emulated_rows(
 ) -> list[dict[str, Any]]:
     """Of each device: its board, its link, its steps, and what the board would have used.
 
-    `digest` is the bundle's. The control is not in it.
+    Seconds and rates are the board's: slow motion is taken out of them. `digest` is the bundle's.
+    The control is not in it.
     """
     spent = _spent(folder)
     return [
@@ -37,7 +38,7 @@ def emulated_rows(
             "profile": device.profile.name,
             "threads": device.threads,
             "step_s_asked": _asked_s(device, folder, config, digest),
-            "step_s_median": statistics.median(spent[index].steps_s) if index in spent else None,
+            "step_s_median": _median_s(device, spent[index]) if index in spent else None,
             **msgspec.to_builtins(device.link),
             "delay_s": device.delay.mean_s,
             "slow_motion": device.slow_motion,
@@ -83,6 +84,10 @@ def _asked_s(device: EmulatedDevice, folder: Path, config: Config, digest: str) 
         digest, config.devices.batch, directions
     )
     return None if forward_s is None else (2 * directions + 1) * forward_s
+
+
+def _median_s(device: EmulatedDevice, spent: Spent) -> float:
+    return statistics.median(spent.steps_s) / device.slow_motion
 
 
 def _energy(spent: Spent) -> dict[str, float]:

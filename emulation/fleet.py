@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, field
@@ -26,6 +26,7 @@ FLEET_FILE: Final = "fleet.json"
 Rate = Annotated[float, Meta(gt=0, le=1e15)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=0.5)]
+SlowMotion = Annotated[float, Meta(ge=1, le=1e6)]
 
 
 class DeviceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +50,7 @@ class FleetFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: Annotated[list[DeviceEntry], Meta(min_length=1)]
     host: str = "laptop"  # the profile of the machine that emulates
     # All takes so many times as long: for boards that this machine is too slow, or too small, for.
-    slow_motion: Annotated[float, Meta(ge=1, le=1e6)] = 1.0
+    slow_motion: SlowMotion | Literal["auto"] = "auto"
 
 
 class EmulatedDevice(msgspec.Struct, frozen=True):
@@ -60,7 +61,7 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
     ratio: float  # time of a step on the board / on this machine
     host_threads: int
     delay: Delay = field(default_factory=Delay)
-    slow_motion: float = 1.0  # is in ratio, link and delay
+    slow_motion: float = 1.0  # here all takes so many times as long; in nothing above
 
     @property
     def threads(self) -> int:
@@ -70,21 +71,33 @@ class EmulatedDevice(msgspec.Struct, frozen=True):
         """
         return min(self.profile.runtime.threads, os.cpu_count() or 1)
 
+    @property
+    def link_here(self) -> LinkShape:
+        """The link in slow motion."""
+        link, factor = self.link, self.slow_motion
+        return LinkShape(
+            link.up_bits_s / factor, link.down_bits_s / factor, link.latency_s * factor, link.loss
+        )
+
     def stand_in(self, turns: Path) -> StandIn:
         """What the device program is told."""
-        calibrated = [
-            msgspec.structs.replace(entry, step_s=entry.step_s * self.slow_motion)
-            for entry in self.profile.speed.calibrated
-        ]
+        profile = self.profile
         return StandIn(
-            self.profile.name, self.ratio, self.profile.runtime.threads, self.host_threads,
-            str(turns), calibrated, self.delay, self.profile.power, self.profile.cpu.cores,
+            profile.name, self.ratio, profile.runtime.threads, self.host_threads, str(turns),
+            profile.speed.calibrated, self.delay, profile.power, profile.cpu.cores,
             self.slow_motion,
         )  # fmt: skip
 
 
-def load_fleet(path: Path) -> list[EmulatedDevice]:
-    """The devices 0, 1, .. of a fleet file. Raises FleetFileError and ProfileError."""
+class Fleet(NamedTuple):
+    """What a fleet file says."""
+
+    devices: list[EmulatedDevice]  # 0, 1, ..; not yet in slow motion
+    slow_motion: float | None  # None: as slow as this machine needs
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read a fleet file. Raises FleetFileError and ProfileError."""
     try:
         fleet = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), FleetFile)
     except OSError as error:
@@ -96,11 +109,12 @@ def load_fleet(path: Path) -> list[EmulatedDevice]:
     except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
         raise FleetFileError(f"{path}: not TOML: {error}") from error
     host = _profile(path, "host", fleet.host)
+    slow_motion = None if fleet.slow_motion == "auto" else fleet.slow_motion
     devices: list[EmulatedDevice] = []
     for number, entry in enumerate(fleet.device):
         where = f"device[{number}].profile"
-        devices += [_device(path, where, entry, host, fleet.slow_motion)] * entry.count
-    return devices
+        devices += [_device(path, where, entry, host, slow_motion)] * entry.count
+    return Fleet(devices, slow_motion)
 
 
 def save_fleet(devices: list[EmulatedDevice], folder: Path) -> None:
@@ -117,41 +131,27 @@ def saved_fleet(folder: Path) -> list[EmulatedDevice]:
         raise FleetFileError(f"{folder / FLEET_FILE}: cannot be read ({error})") from error
 
 
-def overload(devices: list[EmulatedDevice]) -> str:
-    """What to warn of when this machine has too few cores for the fleet; empty otherwise.
-
-    A device computes for 1 / ratio of its time, unless it waits.
-    """
-    wanted, cores = sum(min(1.0, 1.0 / device.ratio) for device in devices), os.cpu_count() or 1
-    if wanted <= cores:
-        return ""
-    return (
-        f"the fleet computes on {wanted:.1f} cores when nobody waits, and this machine has "
-        f"{cores}: steps may take longer than on the boards; use fewer or slower devices, or "
-        f"slow_motion = {devices[0].slow_motion * wanted / cores:.2g}"
-    )
-
-
 def _device(
-    path: Path, where: str, entry: DeviceEntry, host: Profile, slow_motion: float
+    path: Path, where: str, entry: DeviceEntry, host: Profile, slow_motion: float | None
 ) -> EmulatedDevice:
     profile = _profile(path, where, entry.profile)
-    ratio = slow_motion * profile.speed.factor.value / host.speed.factor.value
-    if ratio < 1.0 and not profile.speed.calibrated:
+    ratio = profile.speed.factor.value / host.speed.factor.value
+    if slow_motion is not None and ratio * slow_motion < 1.0 and not profile.speed.calibrated:
         raise FleetFileError(
             f"{path}: {where}: {profile.name} is {1.0 / ratio:.2g} times as fast as this machine "
-            f"(host = {host.name!r}), which cannot stand for it; leave it out, name the profile "
-            f"of a faster machine as host, or write slow_motion = {slow_motion / ratio:.2g}"
+            f"(host = {host.name!r}), which cannot stand for it at slow_motion = "
+            f"{slow_motion:g}; leave it out, name the profile of a faster machine as host, or "
+            'write slow_motion = "auto"'
         )
     link = profile.link
     shape = LinkShape(
-        up_bits_s=_or(entry.up_bits_s, link.up_bits_s.value) / slow_motion,
-        down_bits_s=_or(entry.down_bits_s, link.down_bits_s.value) / slow_motion,
-        latency_s=_or(entry.latency_s, link.latency_s.value) * slow_motion,
+        up_bits_s=_or(entry.up_bits_s, link.up_bits_s.value),
+        down_bits_s=_or(entry.down_bits_s, link.down_bits_s.value),
+        latency_s=_or(entry.latency_s, link.latency_s.value),
         loss=entry.loss,
     )
-    delay = Delay(entry.delay_s * slow_motion, entry.delay, entry.spread)
-    return EmulatedDevice(profile, shape, ratio, host.runtime.threads, delay, slow_motion)
+    delay = Delay(entry.delay_s, entry.delay, entry.spread)
+    return EmulatedDevice(profile, shape, ratio, host.runtime.threads, delay)
 
 
 def _or(given: float | None, otherwise: float) -> float:

@@ -154,7 +154,7 @@ def _text(event: dict[str, Any]) -> str:
             text = f"packets of at most {event['bytes']} bytes: larger ones go in parts"
         case "waiting":
             text = f"waiting for {event['devices']} devices"
-        case "resumed":
+        case "resumed" | "slow-motion":
             text = event["text"]
         case "left" if event["reason"] != "finished":
             text = f"{event['device']} left: {event['reason']}"
@@ -212,11 +212,27 @@ def print_table(summary: dict[str, Any], folder: Path, stream: TextIO) -> None:
         table.add_row("client forwards per client-round", forwards, "")
     console = Console(file=stream, highlight=False)
     console.print(table)
+    if summary.get("emulated"):
+        console.print(_boards(summary["emulated"]))
     console.print(
         f"{summary['rounds']} rounds, {summary['clients']} devices, tau {summary['tau']}, "
         f"seed {summary['seed']}\nrun folder: {folder}\ncheck it:   musplit replay {folder}",
         soft_wrap=True,
     )
+
+
+def _boards(rows: list[dict[str, Any]]) -> Table:
+    """The devices of a fleet: a round's forwards on the board, as asked for and as emulated."""
+    table = Table(title=f"emulated boards, slow motion {rows[0]['slow_motion']:g} taken out")
+    table.add_column("device", justify="right")
+    table.add_column("board")
+    for name in ("step asked, ms", "step, ms", "modelled, J"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        asked, median = (_milliseconds(row[name]) for name in ("step_s_asked", "step_s_median"))
+        modelled = f"{row['modelled_j']:.1f}" if "modelled_j" in row else "-"
+        table.add_row(str(row["device"]), row["profile"], asked, median, modelled)
+    return table
 
 
 def _joules(summary: dict[str, Any], word: str) -> str:
@@ -230,6 +246,10 @@ def _joules(summary: dict[str, Any], word: str) -> str:
 
 def _percent(value: float | None) -> str:
     return "not run" if value is None else f"{100 * value:.1f} %"
+
+
+def _milliseconds(value_s: float | None) -> str:
+    return "-" if value_s is None else f"{1e3 * value_s:.2f}"
 
 
 def _number(value: float | None) -> str:

@@ -34,8 +34,10 @@ from export.server_half import (
 from export.start_weights import load_start_weights
 from export.tracing import index_limits, plain_attention
 from wire_protocol.manifest import (
+    CLIENT_FOLDER,
     GRAPH_FILE,
     MANIFEST_FILE,
+    SERVER_FOLDER,
     WEIGHTS_FILE,
     ActivationSpec,
     Blob,
@@ -45,8 +47,6 @@ from wire_protocol.manifest import (
     sha256,
 )
 
-CLIENT_FOLDER: Final = "client"
-SERVER_FOLDER: Final = "server"
 _PROOF_BATCH: Final = 3
 # Between batches of different sizes kernels differ; a model that mixes samples differs by far more.
 _MIXING: Final = 1e-3

@@ -48,6 +48,6 @@ def _config(path: Path, overrides: list[str]) -> Config:
     fleet = Path(config.emulation.fleet)
     if not fleet.exists() and (path.parent / fleet).exists():  # named by the configuration
         fleet = path.parent / fleet
-    count = len(load_fleet(fleet))
+    count = len(load_fleet(fleet).devices)
     fields = [f"emulation.fleet={str(fleet.resolve())!r}", f"devices.count={count}"]
     return load_config(path, [*overrides, *fields])

@@ -250,9 +250,10 @@ def replay(run: Path, halves: Path | None, output: str) -> None:
     """
     with guarded():
         from server_node.replay import replay as replay_run
+        from wire_protocol.manifest import CLIENT_FOLDER
 
         if halves is None:
-            halves = run if (run / "client").is_dir() else run.parent
+            halves = run if (run / CLIENT_FOLDER).is_dir() else run.parent
         result = replay_run(run, halves)
     if output == "json":
         print(json.dumps(result._asdict()))

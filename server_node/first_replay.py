@@ -27,7 +27,7 @@ from server_node.sections import ServerSection
 from server_node.shares import server_weight
 from server_node.torch_half import Turn
 from wire_protocol.errors import InputError
-from wire_protocol.manifest import sha256
+from wire_protocol.manifest import SERVER_FOLDER, sha256
 
 Vector = NDArray[np.float32]
 
@@ -48,7 +48,7 @@ class FirstReplay:
         """`folder` holds frames.bin, `halves` server/; `weights` (d_s,) are the initial ones."""
         _set_arithmetic(header)
         rule = OptimiserRule(header.server_optimiser, header.server_options)
-        module = load_halves(halves / "server").server.module
+        module = load_halves(halves / SERVER_FOLDER).server.module
         device = torch.device(header.server_device)
         self._half = FirstHalf(module, weights, rule=rule, device=device)
         self._reader = FramesReader(folder)

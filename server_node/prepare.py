@@ -17,8 +17,6 @@ from export.client_half import ClientHalf, read_client_half
 from export.cuts import Halves
 from export.errors import HalfError
 from export.exporter import (
-    CLIENT_FOLDER,
-    SERVER_FOLDER,
     Export,
     export_model,
     fill_half,
@@ -40,6 +38,7 @@ from server_node.resume import History, Past, check_identity
 from server_node.run import Outbox, Run
 from server_node.samples import Dataset
 from server_node.transform import Declared, check_fit, explained, sample_arrays
+from wire_protocol.manifest import CLIENT_FOLDER, SERVER_FOLDER
 
 
 class Experiment(NamedTuple):

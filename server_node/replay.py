@@ -29,7 +29,15 @@ from server_node.journal import (
 from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.estimator import apply_terms, server_terms, step_scale
-from wire_protocol.manifest import MANIFEST_FILE, WEIGHTS_FILE, check_blob, parse_manifest, sha256
+from wire_protocol.manifest import (
+    CLIENT_FOLDER,
+    MANIFEST_FILE,
+    SERVER_FOLDER,
+    WEIGHTS_FILE,
+    check_blob,
+    parse_manifest,
+    sha256,
+)
 from wire_protocol.messages import Commit, Entry
 
 Vector = NDArray[np.float32]
@@ -179,7 +187,7 @@ def _first(
 
 
 def _initial_weights(halves: Path, header: Header) -> tuple[Vector, Vector]:
-    folder = halves / "client"
+    folder = halves / CLIENT_FOLDER
     data = _read(folder / MANIFEST_FILE)
     if sha256(data) != header.manifest_sha256:
         raise JournalError(
@@ -189,7 +197,7 @@ def _initial_weights(halves: Path, header: Header) -> tuple[Vector, Vector]:
     manifest = parse_manifest(data, str(folder / MANIFEST_FILE))
     weights = _read(folder / WEIGHTS_FILE)
     check_blob(weights, manifest.weights, str(folder / WEIGHTS_FILE))
-    server_manifest, server = read_server_half(halves / "server")
+    server_manifest, server = read_server_half(halves / SERVER_FOLDER)
     if server_manifest.weights.sha256 != header.server_weights_sha256:
         raise JournalError(f"{halves / 'server'}: another server half than the journal's")
     return np.frombuffer(weights, "<f4", manifest.parameters).astype(np.float32), server

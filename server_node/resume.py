@@ -30,7 +30,7 @@ from server_node.replay import apply_client, apply_server, client_commit
 from wire_protocol.client_optimiser import ClientState
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.errors import InputError
-from wire_protocol.manifest import sha256
+from wire_protocol.manifest import SERVER_FOLDER, sha256
 from wire_protocol.messages import Commit
 
 Vector = NDArray[np.float32]
@@ -177,7 +177,7 @@ def _rebuild_first(past: Past, start: Checkpoint, initial: Vector) -> tuple[Vect
     """
     from server_node.first_replay import FirstReplay  # noqa: PLC0415  torch
 
-    halves = past.folder if (past.folder / "server").is_dir() else past.folder.parent
+    halves = past.folder if (past.folder / SERVER_FOLDER).is_dir() else past.folder.parent
     half = FirstReplay(past.header, past.folder, halves, initial)
     if not half.begin(start):
         raise JournalError(f"{past.folder / CHECKPOINT_FILE}: not this optimiser's; remove it")

@@ -27,7 +27,7 @@ from server_node.errors import ConfigError
 from server_node.samples import Dataset
 from server_node.transform import sample_arrays
 from wire_protocol.errors import InputError
-from wire_protocol.manifest import InputSpec, prepare_input
+from wire_protocol.manifest import CLIENT_FOLDER, InputSpec, prepare_input
 from wire_protocol.moments import Moments
 
 FILTERS_FILE: Final = "filters.safetensors"
@@ -75,7 +75,7 @@ def write_stem(folder: Path, stats: Iterable[Moments], features: int | None, out
     `folder` is that of `write_filters`; `features` replaces the D of its model. Raises ModelError,
     HalfError, and InputError for sums of another bundle.
     """
-    bundle = read_client_half(folder / "client")
+    bundle = read_client_half(folder / CLIENT_FOLDER)
     options = parse_stem(bundle.manifest.model)
     options = options._replace(features=features or options.features)
     filters = load_filters(folder / FILTERS_FILE)

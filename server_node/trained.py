@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from export.client_half import ClientHalf, read_client_half
-from export.exporter import CLIENT_FOLDER, SERVER_FOLDER, fill_half, load_halves
+from export.exporter import fill_half, load_halves
 from export.server_half import read_server_half
 from export.trained import Trained, export_trained
 from server_node.config import Config, load_config
@@ -22,6 +22,7 @@ from server_node.machine import fix_arithmetic
 from server_node.prepare import control_config
 from server_node.resume import History, check_identity, read_past, rebuild
 from server_node.summary import read_summary
+from wire_protocol.manifest import CLIENT_FOLDER, SERVER_FOLDER
 
 
 class TrainedRun(NamedTuple):

@@ -6,6 +6,7 @@ A busy machine makes steps late, never early; what is compared below leaves it r
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 import time
 from importlib.resources import files
@@ -22,7 +23,8 @@ from edge_client.pacing import PacedSession, Pacing
 from edge_client.stand_in import Delay, StandIn, read_stand_in
 from emulation.emulated import late_steps
 from emulation.errors import FleetFileError
-from emulation.fleet import load_fleet, overload, save_fleet, saved_fleet
+from emulation.fleet import load_fleet, save_fleet, saved_fleet
+from emulation.slow_motion import settle
 from firmware_profiles.schema import Calibrated
 from server_node.prepare import prepare
 from wire_protocol.messages import Welcome
@@ -175,13 +177,14 @@ def test_counts_links_and_delays(tmp_path):
     (tmp_path / "mine.toml").write_text(
         RPI_4B.replace('name = "rpi-4b"', 'name = "mine"'), encoding="utf-8"
     )
-    devices = load_fleet(
+    devices, slow_motion = load_fleet(
         fleet(
             tmp_path,
             "[[device]]\nprofile = 'rpi-zero-2w'\ncount = 2\nup_bits_s = 1e6\nloss = 0.01\n"
             "delay_s = 0.5\ndelay = 'exponential'\n[[device]]\nprofile = 'mine.toml'\n",
         )
     )
+    assert slow_motion is None
     assert [device.profile.name for device in devices] == ["rpi-zero-2w", "rpi-zero-2w", "mine"]
     zero, mine = devices[0], devices[2]
     assert zero.link.up_bits_s == 1e6
@@ -192,13 +195,24 @@ def test_counts_links_and_delays(tmp_path):
     assert saved_fleet(tmp_path) == devices
 
 
-def test_slow_motion_slows_everything(tmp_path):
+def settled(text, bundle, folder):
+    """What becomes of a fleet file on this machine."""
+    config = tiny_config(f"devices.batch={BATCH}")
+    return settle(load_fleet(fleet(folder, text)), bundle, config, folder / "turns")
+
+
+def test_slow_motion_slows_everything_and_changes_nothing_of_the_board(bundle, tmp_path):
     entry = "[[device]]\nprofile = 'rpi-4b'\nup_bits_s = 1e6\nlatency_s = 0.1\ndelay_s = 1.0\n"
-    (fast,) = load_fleet(fleet(tmp_path, entry))
-    (slow,) = load_fleet(fleet(tmp_path, f"slow_motion = 4.0\n{entry}"))
-    assert slow.ratio == pytest.approx(4 * fast.ratio)
-    assert (slow.link.up_bits_s, slow.link.latency_s) == (0.25e6, pytest.approx(0.4))
-    assert slow.delay.mean_s == 4.0
+    (fast,) = load_fleet(fleet(tmp_path, entry)).devices
+    (slow,) = settled(f"slow_motion = 400\n{entry}", bundle, tmp_path).devices
+    assert (slow.link_here.up_bits_s, slow.link_here.latency_s) == (2500.0, pytest.approx(40.0))
+    assert (slow.link, slow.delay, slow.ratio) == (fast.link, fast.delay, fast.ratio)
+    paces = [
+        device.stand_in(tmp_path / "turns").pacing(welcome(bundle), bundle)
+        for device in (fast, slow)
+    ]
+    assert paces[1].forward_s == pytest.approx(400 * paces[0].forward_s)
+    assert [pace.delay_s(0) for pace in paces] == [1.0, 400.0]
 
 
 @pytest.mark.parametrize(
@@ -213,8 +227,13 @@ def test_slow_motion_slows_everything(tmp_path):
         ("[[device]", r"not TOML"),
         (f"a = {'9' * 5000}", r"not TOML: Exceeds"),
         (
-            "[[device]]\nprofile = 'jetson-agx-orin'\n",
-            r"jetson-agx-orin is 2 times as fast as this machine .*slow_motion = 2",
+            "slow_motion = 1\n[[device]]\nprofile = 'jetson-agx-orin'\n",
+            r"jetson-agx-orin is 2 times as fast as this machine .*slow_motion = 1; .*\"auto\"",
+        ),
+        ("slow_motion = 0.5\n[[device]]\nprofile = 'rpi-4b'\n", r"slow_motion: .*>= 1"),
+        (
+            "slow_motion = 'fast'\n[[device]]\nprofile = 'rpi-4b'\n",
+            r"slow_motion: .*Invalid enum value 'fast'",
         ),
     ],
 )
@@ -225,18 +244,27 @@ def test_what_is_wrong_with_a_fleet_file(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_slow_motion_lets_this_machine_stand_for_a_faster_one(tmp_path):
-    (device,) = load_fleet(
-        fleet(tmp_path, "slow_motion = 3.0\n[[device]]\nprofile = 'jetson-agx-orin'\n")
-    )
-    assert device.ratio > 1
+def test_as_slow_as_this_machine_needs(bundle, tmp_path):
+    """A crowd, or a board that is faster than this machine: slower, and the user is told."""
+    many = settled("[[device]]\nprofile = 'rpi-5'\ncount = 1000\n", bundle, tmp_path)
+    few = settled("[[device]]\nprofile = 'rpi-5'\ncount = 4\n", bundle, tmp_path)
+    assert many.devices[0].slow_motion > 100 * few.devices[0].slow_motion > 100
+    assert many.note.startswith("slow motion: rpi-5 takes ")
+    assert f"everything takes {many.devices[0].slow_motion:g} times as long" in many.note
+    assert many.warning == ""
+    fast = settled("[[device]]\nprofile = 'jetson-agx-orin'\n", bundle, tmp_path)
+    assert fast.devices[0].slow_motion > 1 / fast.devices[0].ratio
+    assert fast.warning.startswith("a board is faster than this machine: jetson-agx-orin takes ")
 
 
-def test_a_fleet_that_needs_more_cores_is_warned_about(tmp_path):
-    many = load_fleet(fleet(tmp_path, "[[device]]\nprofile = 'rpi-5'\ncount = 1000\n"))
-    assert "slow_motion = " in overload(many)
-    few = load_fleet(fleet(tmp_path, "[[device]]\nprofile = 'rpi-zero-2w'\n"))
-    assert overload(few) == ""
+def test_a_slow_motion_that_is_too_fast_is_warned_about(bundle, tmp_path):
+    boards = "[[device]]\nprofile = 'rpi-5'\ncount = 100\n"
+    found = settled(f"slow_motion = 2\n{boards}", bundle, tmp_path)
+    assert found.devices[0].slow_motion == 2.0
+    needed = re.search(r"100 devices on .* need slow_motion = (\S+) to keep", found.warning)
+    assert needed is not None
+    enough = settled(f"slow_motion = {needed[1]}\n{boards}", bundle, tmp_path)
+    assert (enough.note, enough.warning) == ("", "")
 
 
 def test_late_steps_are_warned_about():
@@ -253,14 +281,14 @@ def test_late_steps_are_warned_about():
 
 
 def test_eight_boards_keep_their_ratios(tmp_path):
-    """Medians of steps within 10 % of the factors' ratios, on the boards' links, in slow motion."""
+    """Medians of steps within 10 % of the factors' ratios, on the boards' links."""
     names = (
         "rpi-4b", "rpi-zero-2w", "rpi-3b-plus", "rpi-cm4", "jetson-nano", "rpi-4b:2048",
         "rpi-zero-2w", "rpi-3b-plus",
     )  # fmt: skip
     entries = "".join(f"[[device]]\nprofile = '{name}'\n" for name in names)
-    path = fleet(tmp_path, f"slow_motion = 60.0\n{entries}")
-    factors = [device.profile.speed.factor.value for device in load_fleet(path)]
+    path = fleet(tmp_path, entries)
+    factors = [device.profile.speed.factor.value for device in load_fleet(path).devices]
     with Bench(tmp_path) as bench:
         child = bench.start(
             "emulate", "--fleet", str(path), "--out", "run", "--format", "json",

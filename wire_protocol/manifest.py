@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from wire_protocol.errors import InputError
 from wire_protocol.messages import MAX_MANIFEST_BYTES, Digest
 
+# Of what `musplit export` and a run write: the client bundle and the server half.
+CLIENT_FOLDER: Final = "client"
+SERVER_FOLDER: Final = "server"
 MANIFEST_FILE: Final = "manifest.json"
 GRAPH_FILE: Final = "client.onnx"
 WEIGHTS_FILE: Final = "weights.bin"
