@@ -4,7 +4,7 @@ Eight boards of different speed in one `musplit emulate`, at two cuts:
 
 * a device's step against that of the first, beside the same ratio of the profiles' factors;
 * the step at the deeper cut against the other, beside the same ratio of this machine alone;
-* a step that the profile names as calibrated, for one bundle, beside what is emulated;
+* a step that the profile names as calibrated, for one graph, beside what is emulated;
 * 200 KB over an emulated link of 1 Mbit/s, up and down, beside the 1.6 s that it takes.
 
     python -m benchmarks.profiles
@@ -25,10 +25,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from edge_client.bundle import read_bundle
 from emulation.emulate import emulate
 from emulation.link import LinkShape, shaped_links
 from firmware_profiles.catalogue import load_profile
 from server_node.config import load_config
+from wire_protocol.manifest import CLIENT_FOLDER
 from wire_protocol.mqtt import Address
 
 BOARDS: Final = (
@@ -44,9 +46,9 @@ _SETTINGS: Final = (
 
 
 class Emulated(NamedTuple):
-    """One emulation: its bundle, and the rows of its devices."""
+    """One emulation: its graph, and the rows of its devices."""
 
-    bundle_sha256: str
+    graph_sha256: str
     rows: list[dict[str, Any]]
 
 
@@ -58,7 +60,8 @@ def run(folder: Path, fleet: str, cut: str, rounds: int, devices: int) -> Emulat
     fields = [*_SETTINGS, f"model.cut={cut}", f"run.rounds={rounds}", f"devices.count={devices}",
               f"emulation.fleet={str(path)!r}"]  # fmt: skip
     summary = emulate(load_config(None, fields), folder / "run", _say)
-    return Emulated(summary["bundle_sha256"], summary["emulated"])
+    graph = read_bundle(folder / "run" / CLIENT_FOLDER).manifest.graph.sha256
+    return Emulated(graph, summary["emulated"])
 
 
 def fleet_text(profiles: list[str], slow_motion: float | None) -> str:
@@ -99,12 +102,12 @@ def compare_cuts(first: Emulated, second: Emulated) -> float:
 
 
 def calibrated(
-    folder: Path, bundle: str, step_s: float, rounds: int, slow_motion: float | None
+    folder: Path, graph: str, step_s: float, rounds: int, slow_motion: float | None
 ) -> float:
     """Emulate a 4B that was measured to take `step_s`; returns the relative error."""
     text = files("firmware_profiles").joinpath("boards/rpi-4b.toml").read_text(encoding="utf-8")
     entry = (
-        f'\n{_CALIBRATED}\nbundle = "{bundle}"\ncut = "{CUTS[1]}"\nbatch = 128\nthreads = 4\n'
+        f'\n{_CALIBRATED}\ngraph = "{graph}"\ncut = "{CUTS[1]}"\nbatch = 128\nthreads = 4\n'
         f'directions = 2\nstep_s = {step_s}\nsource = "made up by this benchmark"\n'
     )
     mine = folder / "mine.toml"
@@ -165,7 +168,7 @@ def main() -> None:
         print("a calibrated step:")
         deeper = found[CUTS[1]]
         step_s = 1.5 * deeper.rows[0]["step_s_asked"]
-        off = calibrated(folder, deeper.bundle_sha256, step_s, options.rounds, options.slow_motion)
+        off = calibrated(folder, deeper.graph_sha256, step_s, options.rounds, options.slow_motion)
         print(f"  off by {100 * off:.1f} %")
 
 

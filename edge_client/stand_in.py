@@ -1,6 +1,6 @@
 """A device that stands for another board: how long that board takes for a forward.
 
-What the board was measured to need for this very bundle, if its profile says so; otherwise what
+What the board was measured to need for this very graph, if its profile says so; otherwise what
 this machine needs when nobody disturbs it, times the board's ratio to it. Devices of one machine
 measure in turns, and the first one's result serves all: their ratios are those of the profiles,
 however busy the machine is.
@@ -79,7 +79,7 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
         """For one run. Raises PaceError when the board is faster than this machine."""
         here_s = self.here_s(bundle, welcome.batch, welcome.directions)
         there_s = self.slow_motion * (
-            self.calibrated_s(bundle.digest, welcome.batch, welcome.directions)
+            self.calibrated_s(bundle.manifest.graph.sha256, welcome.batch, welcome.directions)
             or here_s * self.ratio
         )
         if here_s > there_s * _TOLERANCE:
@@ -100,28 +100,28 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
             return None
         return Board(self.board, self.power, self.cores, self.threads, self.slow_motion)
 
-    def calibrated_s(self, digest: str, batch: int, directions: int) -> float | None:
-        """A forward as measured on the board, for this bundle, batch and its own threads.
+    def calibrated_s(self, graph: str, batch: int, directions: int) -> float | None:
+        """A forward as measured on the board, for this graph, batch and its own threads.
 
         In a step of as many directions, or of the number nearest to it.
         """
         fitting = [
             entry
             for entry in self.calibrated
-            if (entry.bundle, entry.batch, entry.threads) == (digest, batch, self.threads)
+            if (entry.graph, entry.batch, entry.threads) == (graph, batch, self.threads)
         ]
         if not fitting:
             return None
         entry = min(fitting, key=lambda entry: abs(entry.directions - directions))
         return entry.step_s / (2 * entry.directions + 1)
 
-    def known_s(self, digest: str, batch: int, directions: int) -> float | None:
+    def known_s(self, graph: str, batch: int, directions: int) -> float | None:
         """What a forward takes on the board, if the step here was measured already."""
-        calibrated_s = self.calibrated_s(digest, batch, directions)
+        calibrated_s = self.calibrated_s(graph, batch, directions)
         if calibrated_s is not None:
             return calibrated_s
         try:
-            text = self._known(digest, batch, directions).read_text(encoding="ascii")
+            text = self._known(graph, batch, directions).read_text(encoding="ascii")
         except OSError:
             return None
         return float(text) * self.ratio
@@ -132,7 +132,7 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
         `directions`: of a step. Raises PaceError when `turns` cannot be used.
         """
         directions = min(directions, _DIRECTIONS)
-        known = self._known(bundle.digest, batch, directions)
+        known = self._known(bundle.manifest.graph.sha256, batch, directions)
         folder = known.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -147,10 +147,10 @@ class StandIn(Struct, frozen=True, forbid_unknown_fields=True):
         except (OSError, ValueError) as error:
             raise PaceError(f"{folder}: cannot be used for measuring ({error})") from error
 
-    def _known(self, digest: str, batch: int, directions: int) -> Path:
+    def _known(self, graph: str, batch: int, directions: int) -> Path:
         """The file that holds what a forward takes here."""
         shown = min(directions, _DIRECTIONS)
-        return Path(self.turns) / f"{digest}-{batch}-{shown}-{self.host_threads}"
+        return Path(self.turns) / f"{graph}-{batch}-{shown}-{self.host_threads}"
 
 
 def read_stand_in(path: Path) -> StandIn:

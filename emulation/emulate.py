@@ -64,7 +64,8 @@ def emulate(
         with shaped_links(links, run.address, config.run.seed) as ways:
             summary = run.run([Place(*pair) for pair in zip(boards, ways, strict=True)])
     if boards:
-        rows = emulated_rows(boards, folder, config, summary["bundle_sha256"])
+        manifest = read_bundle(folder / CLIENT_FOLDER).manifest
+        rows = emulated_rows(boards, folder, config, manifest)
         summary["emulated"] = rows
         write_summary(folder, summary)
         _warn(notify, late_steps(rows))

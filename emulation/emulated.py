@@ -12,6 +12,7 @@ from emulation.fleet import EmulatedDevice
 from server_node.config import Config
 from server_node.recorder import read_reports
 from wire_protocol.energy import ModelledByPhase
+from wire_protocol.manifest import Manifest
 
 TURNS_FOLDER: Final = "turns"
 
@@ -24,11 +25,11 @@ class Spent(NamedTuple):
 
 
 def emulated_rows(
-    fleet: list[EmulatedDevice], folder: Path, config: Config, digest: str
+    fleet: list[EmulatedDevice], folder: Path, config: Config, manifest: Manifest
 ) -> list[dict[str, Any]]:
     """Of each device: its board, its link, its steps, and what the board would have used.
 
-    Seconds and rates are the board's: slow motion is taken out of them. `digest` is the bundle's.
+    Seconds and rates are the board's: slow motion is taken out of them. `manifest` is the bundle's.
     The control is not in it.
     """
     spent = _spent(folder)
@@ -37,7 +38,8 @@ def emulated_rows(
             "device": index,
             "profile": device.profile.name,
             "threads": device.threads,
-            "step_s_asked": _asked_s(device, folder, config, digest),
+            "step_s_asked": _asked_s(device, folder, config, manifest),
+            "step_source": "calibrated" if _calibrated(device, config, manifest) else "factor",
             "step_s_median": _median_s(device, spent[index]) if index in spent else None,
             **msgspec.to_builtins(device.link),
             "delay_s": device.delay.mean_s,
@@ -76,14 +78,20 @@ def _spent(folder: Path) -> dict[int, Spent]:
     return {device: spent for device, spent in found.items() if spent.steps_s}
 
 
-def _asked_s(device: EmulatedDevice, folder: Path, config: Config, digest: str) -> float | None:
+def _asked_s(
+    device: EmulatedDevice, folder: Path, config: Config, manifest: Manifest
+) -> float | None:
     """A step on the board, as the device program was held to it; None before it was measured."""
-    method = config.method
-    directions = method.directions_client if method.eta_c else 0
-    forward_s = device.stand_in(folder / TURNS_FOLDER).known_s(
-        digest, config.devices.batch, directions
-    )
+    directions = config.method.directions(manifest.parameters)
+    stand_in = device.stand_in(folder / TURNS_FOLDER)
+    forward_s = stand_in.known_s(manifest.graph.sha256, config.devices.batch, directions)
     return None if forward_s is None else (2 * directions + 1) * forward_s
+
+
+def _calibrated(device: EmulatedDevice, config: Config, manifest: Manifest) -> bool:
+    directions = config.method.directions(manifest.parameters)
+    stand_in, batch = device.stand_in(Path()), config.devices.batch
+    return stand_in.calibrated_s(manifest.graph.sha256, batch, directions) is not None
 
 
 def _median_s(device: EmulatedDevice, spent: Spent) -> float:

@@ -22,6 +22,8 @@ from server_node.config import Config
 # beside its forwards, and how much longer forwards take beside others than alone.
 _BESIDE_S: Final = 0.006
 _CROWDED: Final = 1.5
+# Shorter steps are lost in the delays of a scheduler whose machine has other things to do too.
+_SHORTEST_S: Final = 0.03
 
 
 class Settled(NamedTuple):
@@ -38,19 +40,19 @@ def settle(fleet: Fleet, bundle: Bundle, config: Config, turns: Path) -> Settled
     Nothing else should compute meanwhile. `turns`: where devices look for the measurement.
     Raises PaceError when the folder cannot be written.
     """
-    directions = config.method.directions_client if config.method.eta_c else 0
+    directions = config.method.directions(bundle.manifest.parameters)
     kinds = {directions, 0} if config.evaluation.control else {directions}
     batch = config.devices.batch
     stands = [device.stand_in(turns) for device in fleet.devices]
     here_s = {kind: stands[0].here_s(bundle, batch, kind) for kind in kinds}[directions]
     there_s = [
-        stand.calibrated_s(bundle.digest, batch, directions) or here_s * stand.ratio
+        stand.calibrated_s(bundle.manifest.graph.sha256, batch, directions) or here_s * stand.ratio
         for stand in stands
     ]
     forwards, fastest_s = 2 * directions + 1, min(there_s)
     share = len(stands) / (os.cpu_count() or 1)
     crowd_s = share * (_CROWDED * forwards * here_s + _BESIDE_S)
-    needed = max(1.0, here_s / fastest_s, crowd_s / (forwards * fastest_s))
+    needed = max(1.0, here_s / fastest_s, max(crowd_s, _SHORTEST_S) / (forwards * fastest_s))
     fastest = fleet.devices[there_s.index(fastest_s)].profile.name
     takes = f"{fastest} takes {1e3 * forwards * fastest_s:.2g} ms for a round's forwards"
     return _settled(fleet, _round_up(needed), takes, faster=here_s > fastest_s)

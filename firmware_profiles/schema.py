@@ -115,9 +115,9 @@ class Power(Table, frozen=True):
 
 
 class Calibrated(Table, frozen=True):
-    """A step of one client bundle as measured on this very board."""
+    """A step of one client graph, whatever its weights, as measured on this very board."""
 
-    bundle: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # SHA-256 of its manifest
+    graph: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # SHA-256 of the bundle's client.onnx
     cut: str
     batch: Count
     threads: Count

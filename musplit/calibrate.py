@@ -20,7 +20,7 @@ _FILE = click.Path(path_type=Path)
 def calibrate(evidence: Path, profile: str, out: Path, output: str) -> None:
     """Write a profile in which EVIDENCE, a folder of `musplit bench`, replaces assumed numbers.
 
-    The raw samples are checked and computed anew. Step times go to speed.calibrated, by bundle;
+    The raw samples are checked and computed anew. Step times go to speed.calibrated, by graph;
     idle and load power are replaced when they were measured. Every replaced number names the
     evidence's digest and date. OUT is for `--profile` and for fleets of emulated devices.
 

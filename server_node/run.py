@@ -177,9 +177,8 @@ class Run:
 
     @property
     def directions(self) -> int:
-        """K that devices are asked for; a frozen client half needs none."""
-        frozen = not self.config.method.eta_c or not self._manifest.parameters
-        return 0 if frozen else self.config.method.directions_client
+        """K that devices are asked for."""
+        return self.config.method.directions(self._manifest.parameters)
 
     @property
     def compressed_max_bytes(self) -> int:

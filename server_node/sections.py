@@ -104,6 +104,10 @@ class MethodSection(Section, frozen=True):
     momentum: Fraction = 0.9
     beta2: Fraction = 0.999
 
+    def directions(self, parameters: int) -> int:
+        """K that devices are asked for; a frozen client half (d_c or eta_c is 0) needs none."""
+        return self.directions_client if self.eta_c and parameters else 0
+
 
 class RoundSection(Section, frozen=True):
     """How long a round waits, and for whom."""

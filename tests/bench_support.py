@@ -19,8 +19,8 @@ ORIGIN = Origin(
 WATTS = {"idle": 2.0, "forward": 4.0, "step": 6.0}
 ITERATION_S = {"forward": 0.01, "step": 0.25}
 CUT = Cut(
-    bundle="ab" * 32, folder="/nowhere", model="mlp:64-32-32-10", cut="fc1", parameters=2080,
-    weights_bytes=8320, activation_shape=[32],
+    bundle="ab" * 32, graph="cd" * 32, folder="/nowhere", model="mlp:64-32-32-10", cut="fc1",
+    parameters=2080, weights_bytes=8320, activation_shape=[32],
 )  # fmt: skip
 CONFIGURATION = Configuration(
     format="musplit-bench/1", mode="energy", batch=32, directions=16, lam=1e-3, encoding="float32",

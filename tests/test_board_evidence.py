@@ -272,7 +272,7 @@ def test_calibrate_writes_a_profile_that_names_its_evidence(tmp_path, folder):
     profile = tomllib.loads(out.read_text())
     (entry,) = profile["speed"]["calibrated"]
     assert entry["step_s"] == pytest.approx(0.25 * 0.9)
-    assert (entry["bundle"], entry["batch"], entry["threads"]) == (CUT.bundle, 32, 4)
+    assert (entry["graph"], entry["batch"], entry["threads"]) == (CUT.graph, 32, 4)
     for watts, value_w in (("idle", 2.0), ("load", 6.0)):
         assert profile["power"][watts]["value_w"] == pytest.approx(value_w)
         assert profile["power"][watts]["confidence"] == "measured"

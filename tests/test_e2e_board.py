@@ -136,7 +136,7 @@ def test_a_board_measures_a_bundle_without_torch(board, tmp_path):
             child = bench.run(*map(str, command), env=board)
             assert child.code == 0, child.stderr
     (entry,) = load_profile(str(profile)).speed.calibrated
-    assert (entry.bundle, entry.batch, entry.directions) == (export.digest, 4, 2)
+    assert (entry.graph, entry.batch, entry.directions) == (export.manifest.graph.sha256, 4, 2)
 
 
 def test_the_plain_install_asks_for_what_a_board_needs_and_nothing_else():

@@ -121,6 +121,10 @@ def welcome(bundle):
     )  # fmt: skip
 
 
+def graph(bundle):
+    return bundle.manifest.graph.sha256
+
+
 def stand_in(folder, *, ratio=1.0, calibrated=()):
     return StandIn("a-board", ratio, 4, 1, str(folder), list(calibrated))
 
@@ -130,22 +134,22 @@ def test_ratios_are_exact_however_busy_the_machine_is(bundle, tmp_path):
     boards = [stand_in(tmp_path, ratio=ratio) for ratio in (1.0, 2.5, 7.0)]
     paces = [board.pacing(welcome(bundle), bundle).forward_s for board in boards]
     assert [pace / paces[0] for pace in paces] == pytest.approx([1.0, 2.5, 7.0])
-    asked = [board.known_s(bundle.digest, BATCH, 2) for board in boards]
+    asked = [board.known_s(graph(bundle), BATCH, 2) for board in boards]
     assert asked == pytest.approx(paces)
 
 
 def test_a_calibrated_step_stands_instead_of_the_factor(bundle, tmp_path):
-    entry = Calibrated(bundle.digest, "fc1", BATCH, 4, directions=2, step_s=5.0, source="evidence")
+    entry = Calibrated(graph(bundle), "fc1", BATCH, 4, directions=2, step_s=5.0, source="evidence")
     board = stand_in(tmp_path, ratio=3.0, calibrated=[entry])
     assert board.pacing(welcome(bundle), bundle).forward_s == pytest.approx(1.0)
-    for change in ({"batch": 9}, {"threads": 3}, {"bundle": "f" * 64}):
+    for change in ({"batch": 9}, {"threads": 3}, {"graph": "f" * 64}):
         other = msgspec.structs.replace(entry, **change)
         board = stand_in(tmp_path, ratio=3.0, calibrated=[other])
         assert board.pacing(welcome(bundle), bundle).forward_s < 0.5
 
 
 def test_a_board_that_is_faster_than_this_machine_is_refused(bundle, tmp_path):
-    entry = Calibrated(bundle.digest, "fc1", BATCH, 4, directions=2, step_s=1e-9, source="evidence")
+    entry = Calibrated(graph(bundle), "fc1", BATCH, 4, directions=2, step_s=1e-9, source="evidence")
     board = stand_in(tmp_path, calibrated=[entry])
     for other in (board, stand_in(tmp_path, ratio=0.5)):
         with pytest.raises(PaceError, match=r"a-board takes .* ms .* this machine .* too slow"):
@@ -248,7 +252,7 @@ def test_as_slow_as_this_machine_needs(bundle, tmp_path):
     """A crowd, or a board that is faster than this machine: slower, and the user is told."""
     many = settled("[[device]]\nprofile = 'rpi-5'\ncount = 1000\n", bundle, tmp_path)
     few = settled("[[device]]\nprofile = 'rpi-5'\ncount = 4\n", bundle, tmp_path)
-    assert many.devices[0].slow_motion > 100 * few.devices[0].slow_motion > 100
+    assert many.devices[0].slow_motion > 50 * few.devices[0].slow_motion > 50
     assert many.note.startswith("slow motion: rpi-5 takes ")
     assert f"everything takes {many.devices[0].slow_motion:g} times as long" in many.note
     assert many.warning == ""
@@ -281,13 +285,13 @@ def test_late_steps_are_warned_about():
 
 
 def test_eight_boards_keep_their_ratios(tmp_path):
-    """Medians of steps within 10 % of the factors' ratios, on the boards' links."""
+    """Medians of steps within 10 % of the factors' ratios, on the boards' links, in slow motion."""
     names = (
         "rpi-4b", "rpi-zero-2w", "rpi-3b-plus", "rpi-cm4", "jetson-nano", "rpi-4b:2048",
         "rpi-zero-2w", "rpi-3b-plus",
     )  # fmt: skip
     entries = "".join(f"[[device]]\nprofile = '{name}'\n" for name in names)
-    path = fleet(tmp_path, entries)
+    path = fleet(tmp_path, f"slow_motion = 60\n{entries}")  # other tests compute meanwhile
     factors = [device.profile.speed.factor.value for device in load_fleet(path).devices]
     with Bench(tmp_path) as bench:
         child = bench.start(

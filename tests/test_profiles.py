@@ -119,7 +119,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, old, new, message):
 
 def test_a_calibrated_step():
     entry = (
-        f'\n[[speed.calibrated]]\nbundle = "{"a" * 64}"\ncut = "fc1"\nbatch = 32\nthreads = 4\n'
+        f'\n[[speed.calibrated]]\ngraph = "{"a" * 64}"\ncut = "fc1"\nbatch = 32\nthreads = 4\n'
         'directions = 2\nstep_s = 0.5\nsource = "evidence"\n'
     )
     found = parse_profile(RPI_4B + entry, "mine").speed.calibrated

@@ -26,7 +26,7 @@ class Calibration(NamedTuple):
 def calibrate(results: Results, profile: Profile) -> Calibration:
     """Replace assumed numbers of `profile`. Raises EvidenceError when nothing can be.
 
-    An entry of speed.calibrated of the same bundle, batch, threads and directions is replaced;
+    An entry of speed.calibrated of the same graph, batch, threads and directions is replaced;
     others stay. Idle and load power are replaced together, since a profile has both at one place.
     """
     machine = results.environments[0].machine
@@ -71,13 +71,13 @@ def _entries(results: Results, source: str) -> Iterable[Calibrated]:
     for cut in results.cuts:
         if cut.step is not None and cut.step.phases is not None:
             yield Calibrated(
-                bundle=cut.bundle, cut=cut.cut, batch=asked.batch, threads=asked.threads,
+                graph=cut.graph, cut=cut.cut, batch=asked.batch, threads=asked.threads,
                 directions=asked.directions, step_s=cut.step.phases.compute_s, source=source,
             )  # fmt: skip
 
 
 def _key(entry: Calibrated) -> tuple[str, int, int, int]:
-    return entry.bundle, entry.batch, entry.threads, entry.directions
+    return entry.graph, entry.batch, entry.threads, entry.directions
 
 
 def _power(cuts: Iterable[CutResult], power: Power, source: str) -> tuple[Power, str]:

@@ -74,7 +74,7 @@ def _cut_result(evidence: Evidence, number: int) -> CutResult:
     idle_w = statistics.fmean(idles_w) if idles_w else None
     steps = _of(taken, "step")
     return CutResult(
-        cut.bundle, cut.model, cut.cut, cut.parameters, cut.weights_bytes,
+        cut.bundle, cut.graph, cut.model, cut.cut, cut.parameters, cut.weights_bytes,
         _FLOAT_BYTES * configuration.batch * math.prod(cut.activation_shape),
         steps[-1].window.frame_bytes if steps else None,
         taken[-1].window.rss_bytes if taken else None,

@@ -39,6 +39,7 @@ class Cut(Record, frozen=True):
     """A client bundle that is measured."""
 
     bundle: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of its manifest
+    graph: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of its client.onnx
     folder: str  # where it lay: a resumed bench looks there again
     model: str
     cut: str

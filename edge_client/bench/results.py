@@ -79,6 +79,7 @@ class CutResult(Record, frozen=True):
     """One cut; None where its windows are missing."""
 
     bundle: str
+    graph: str
     model: str
     cut: str
     parameters: int

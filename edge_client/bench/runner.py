@@ -40,8 +40,9 @@ def describe(bundle: Bundle) -> Cut:
     """What configuration.toml says of a bundle."""
     manifest = bundle.manifest
     return Cut(
-        bundle.digest, str(bundle.folder.resolve()), manifest.model, manifest.cut,
-        manifest.parameters, manifest.weights.size_bytes, list(manifest.activation.shape),
+        bundle.digest, manifest.graph.sha256, str(bundle.folder.resolve()), manifest.model,
+        manifest.cut, manifest.parameters, manifest.weights.size_bytes,
+        list(manifest.activation.shape),
     )  # fmt: skip
 
 
