@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from identity.errors import AuthorityError
 from identity.files import read, write_private
@@ -26,6 +26,8 @@ AUDIT_FILE: Final = "audit.jsonl"
 _REMEDY: Final = "make an authority first: musplit ca init"
 
 Role = Literal["device", "server", "broker"]
+UnixSeconds = Annotated[int, Meta(ge=0, lt=253_402_300_800)]  # to the end of the year 9999
+Serial = Annotated[str, Meta(pattern="^[0-9a-f]{1,40}$")]  # hexadecimal; RFC 5280 4.1.2.2
 
 
 class Issued(Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,11 +35,11 @@ class Issued(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     role: Role
-    serial: str  # hexadecimal
-    issued_unix_s: int
-    expires_unix_s: int
+    serial: Serial
+    issued_unix_s: UnixSeconds
+    expires_unix_s: UnixSeconds
     key_sha256: str
-    revoked_unix_s: int | None = None
+    revoked_unix_s: UnixSeconds | None = None
 
     def live(self, now_s: float) -> bool:
         """Neither revoked nor expired."""
@@ -49,8 +51,8 @@ class Token(Struct, frozen=True, forbid_unknown_fields=True):
 
     sha256: str
     device_id: str
-    expires_unix_s: int
-    used_unix_s: int | None = None
+    expires_unix_s: UnixSeconds
+    used_unix_s: UnixSeconds | None = None
     key_sha256: str = ""  # of the key that it was used for
     void: bool = False
 

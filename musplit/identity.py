@@ -108,12 +108,18 @@ def enroll(folder: Path, device_id: str, valid_h: float, out: Path) -> None:
         from identity.authority import Authority
         from identity.files import write_private
 
+        if out.exists() and not _is_token_of(device_id, out):
+            fail(f"--out {out}: exists, and is no token of {device_id}; give another file", 3)
         token = Authority(folder).new_token(device_id, valid_h * 3600, time.time())
         if str(out) == "-":
             print(token)
         else:
             write_private(out, token.encode() + b"\n")
             say(f"{out}: enrols {device_id} once, within {valid_h:g} h")
+
+
+def _is_token_of(device_id: str, path: Path) -> bool:
+    return path.is_file() and path.read_bytes().startswith(f"{device_id}:".encode())
 
 
 @ca.command()

@@ -77,6 +77,13 @@ def test_the_installer_runs_once_over_ssh_and_nothing_is_left_behind(desk, board
     assert (board / "installed").read_text().count("install.sh") == 1
 
 
+def test_an_installer_that_fails_leaves_no_secret_behind(desk, board, monkeypatch):
+    monkeypatch.setattr(remote, "_INSTALL", remote._INSTALL.replace("install -m 644", "false"))
+    assert desk.flash("--ssh", "pi@board", *desk.secure()).exit_code == 3
+    assert (board / "installed").exists()
+    assert list((board / "home").iterdir()) == []
+
+
 def test_neither_token_nor_settings_are_in_the_arguments_of_ssh(desk, board):
     desk.flashed("--ssh", "pi@board", *desk.secure())
     arguments = (board / "arguments").read_text()

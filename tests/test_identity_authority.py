@@ -248,6 +248,30 @@ def test_the_ledger_is_whole_or_the_old_one(lab, monkeypatch):
     assert lab.authority.ledger() == before
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("serial", "zz"), ("serial", ""), ("expires_unix_s", 10**18)]
+)
+def test_a_ledger_changed_by_hand_is_damaged_and_the_field_is_named(lab, field, value):
+    path = lab.authority.folder / "ledger.json"
+    ledger = json.loads(path.read_text())
+    ledger["certificates"][0][field] = value
+    path.write_text(json.dumps(ledger))
+    with pytest.raises(AuthorityError, match=rf"ledger\.json: damaged .*{field}.*from a copy"):
+        lab.authority.ledger()
+
+
+def test_a_token_does_not_overwrite_a_file_that_is_not_its_own(lab, tmp_path):
+    def enroll(device):
+        folder, out = str(lab.authority.folder), str(tmp_path / "a.token")
+        return CliRunner().invoke(main, ["ca", "enroll", device, "--dir", folder, "--out", out])
+
+    assert [enroll("pi-1").exit_code, enroll("pi-1").exit_code] == [0, 0]
+    refused = enroll("pi-2")
+    assert refused.exit_code == 3
+    assert "a.token: exists, and is no token of pi-2; give another file" in refused.stderr
+    assert (tmp_path / "a.token").read_text().startswith("pi-1:")
+
+
 def test_a_broker_is_not_given_the_authoritys_folder(lab):
     before = sorted(path.name for path in lab.authority.folder.iterdir())
     with pytest.raises(IdentityError, match="give another --out"):

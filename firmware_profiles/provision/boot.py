@@ -146,10 +146,16 @@ class ImageBoot:
     ) -> subprocess.CompletedProcess[bytes]:
         # MTOOLSRC: a user's own drive letters play no part; long names need no upper case.
         environment = {**os.environ, "MTOOLSRC": os.devnull, "MTOOLS_SKIP_CHECK": "1"}
-        return subprocess.run(
-            [program, "-i", self._drive, *arguments], input=data, capture_output=True, check=False,
-            timeout=_COMMAND_S, env=environment,
-        )  # fmt: skip
+        try:
+            return subprocess.run(
+                [program, "-i", self._drive, *arguments], input=data, capture_output=True,
+                check=False, timeout=_COMMAND_S, env=environment,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise FlashError(
+                f"{self.where}: {program} is not through after {_COMMAND_S:g} s; the disk may be "
+                "too slow or failing: copy the image to another one"
+            ) from error
 
 
 def _fat_offset(image: Path) -> int:

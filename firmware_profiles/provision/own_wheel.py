@@ -123,11 +123,17 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 def run_pip(*arguments: str, variables: dict[str, str] | None = None) -> None:
     """Run the pip of this interpreter. Raises WheelhouseError with its last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
-        capture_output=True, text=True, check=False, timeout=_BUILD_S,
-        env={**os.environ, **(variables or {})},
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
+            capture_output=True, text=True, check=False, timeout=_BUILD_S,
+            env={**os.environ, **(variables or {})},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise WheelhouseError(
+            f"pip {arguments[0]}: not through after {_BUILD_S:g} s; run it again, what was "
+            "downloaded is kept"
+        ) from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = (lines or done.stderr.splitlines() or ["no reason given"])[0]

@@ -21,9 +21,10 @@ _TRANSFER_S: Final = 3600.0
 # What sshd gives the remote shell is one string; nothing of the order stands in it.
 _CURRENT: Final = f"cat {_DONE} 2>/dev/null || true"
 _UNPACK: Final = f"umask 077 && rm -rf {_FOLDER} && mkdir {_FOLDER} && tar -xf - -C {_FOLDER}"
+# The seed holds secrets, and goes whatever becomes of the installation.
 _INSTALL: Final = (
     f"$(test $(id -u) -eq 0 || echo sudo -n) sh -c 'sh {_FOLDER}/install.sh && "
-    f"install -m 644 {_FOLDER}/flash.json {_DONE}' && rm -rf {_FOLDER}"
+    f"install -m 644 {_FOLDER}/flash.json {_DONE}'; code=$?; rm -rf {_FOLDER}; exit $code"
 )
 
 
