@@ -15,6 +15,7 @@ from edge_client.blobs import BlobFetch, BundleFetch
 from edge_client.bundle import Bundle, read_bundle
 from edge_client.commit_queue import CommitQueue, own_round
 from edge_client.errors import BundleError
+from edge_client.fetching import Fetching
 from edge_client.files import as_octets
 from edge_client.memory import memory_bytes
 from edge_client.open_round import OpenRound
@@ -26,10 +27,10 @@ from edge_client.settings import AgentSettings
 from edge_client.shard import Shard, check_shard
 from edge_client.state import SavedWeights, StateStore
 from edge_client.trainer import Trainer
-from identity.errors import UntrustedError
+from edge_client.watch import Watch
 from wire_protocol.directions import directions_digest
 from wire_protocol.energy import MeasuredByPhase, NoEnergy
-from wire_protocol.errors import ProtocolError, RefusedError, StalledError, TransportError
+from wire_protocol.errors import ProtocolError, RefusedError, TransportError
 from wire_protocol.frames import MAGIC as FRAME_MAGIC
 from wire_protocol.frames import Frame, decode_frame
 from wire_protocol.messages import (
@@ -54,12 +55,10 @@ from wire_protocol.mqtt import Connected, Disconnected, LinkLike
 from wire_protocol.mqtt_stream import Payload
 from wire_protocol.topics import PROTOCOL_VERSION, Topics
 
-# Silence after which the last request is repeated.
-REPEAT_S: Final = 5.0
 # Weights are saved at most this often: SD cards wear out.
-SAVE_EVERY_S: Final = 5.0
+_SAVE_EVERY_S: Final = 5.0
 # How long what was asked for may be under way before a gap makes the agent ask again.
-GAP_S: Final = 1.0
+_GAP_S: Final = 1.0
 # Messages that the broker has not acknowledged, above which the agent computes and sends nothing:
 # a frame may go in hundreds of parts.
 _BACKLOG: Final = 256
@@ -96,18 +95,17 @@ class Agent:
         self._own_bundle = settings.read_bundle()
         self._welcome: Welcome | None = None
         self._trainer: Trainer | None = None
-        self._fetch: BlobFetch | BundleFetch | None = None
-        self._snapshot: Snapshot | None = None
+        self._watch = Watch(settings.fleet, settings.wait_s, settings.offline_s)
+        self._fetching = Fetching(
+            store, self._send, self._stream, signed=settings.identity is not None
+        )
         self._open = OpenRound(epoch, self._publish_frame, self._send)
         self._later = CommitQueue()
-        self._fetch_began = self._run_began = (0, 0)  # stream bytes, up and down
-        self._bundle_bytes = (0, 0)
-        now_s = time.monotonic()
-        self._heard_s = self._repeated_s = self._saved_s = self._fetched_s = now_s
+        self._run_began = (0, 0)  # stream bytes, up and down
+        self._saved_s = time.monotonic()
         self._advanced_s = 0.0  # when `ready` was said, or a commit came
         self._mismatch_round: int | None = None
         self._acknowledged_round: int | None = None
-        self._offline_since_s: float | None = None
         self._finished: End | None = None
 
     def run(self) -> str:
@@ -119,7 +117,7 @@ class Agent:
             while self._finished is None:
                 self._turn()
         finally:
-            self._drop_fetch()
+            self._fetching.drop()
             self._save(force=True)
         return self._finished.reason
 
@@ -136,8 +134,7 @@ class Agent:
         event = self._link.next_event(self._rest(crowded=crowded))
         self._stopwatch.enter(WAIT)
         if isinstance(event, Connected):
-            self._offline_since_s = None
-            self._heard_s = time.monotonic()  # nobody could be heard meanwhile
+            self._watch.connected()
             self._join()
         elif isinstance(event, Disconnected):
             self._lost(event)
@@ -147,8 +144,8 @@ class Agent:
 
     def _rest(self, *, crowded: bool) -> float:
         """How long to wait for an event; what is under way meanwhile is the radio's time."""
-        under_way = self._offline_since_s is None and self._link.backlog > 0
-        self._stopwatch.enter(RADIO if under_way or self._fetch is not None else WAIT)
+        under_way = self._watch.online and self._link.backlog > 0
+        self._stopwatch.enter(RADIO if under_way or self._fetching.under_way else WAIT)
         if self._open.busy:
             return _CROWDED_S if crowded else 0.0
         return _CROWDED_S if under_way else _IDLE_S
@@ -164,9 +161,8 @@ class Agent:
         except ProtocolError as error:
             self._say(f"ignored a message: {error}")
             return
-        self._heard_s = time.monotonic()
-        if not (isinstance(message, Commit) and self._asynchronous):  # others never fall silent
-            self._repeated_s = self._heard_s
+        # Asynchronous: commits of others never fall silent, and answer nothing.
+        self._watch.heard(answer=not (isinstance(message, Commit) and self._asynchronous))
         self._handle(message)
 
     def _take_gradient(self, frame: Frame) -> None:
@@ -175,9 +171,9 @@ class Agent:
         if trainer is None or frame.run != trainer.welcome.run or frame.epoch != self._epoch:
             return
         trainer.check_gradient(frame)
-        self._heard_s = self._repeated_s = time.monotonic()
+        self._watch.heard()
         late = frame.round != trainer.next_round or frame.round == self._acknowledged_round
-        if not late and self._snapshot is None:
+        if not late and self._fetching.snapshot is None:
             self._open.take_gradient(frame, trainer)
 
     def _handle(self, message: DownMessage) -> None:
@@ -222,9 +218,7 @@ class Agent:
             )
         else:
             self._say(f"fetching bundle {welcome.manifest_sha256[:12]}")
-            self._fetch_began = (self._link.bytes_up, self._link.bytes_down)
-            digest, size_bytes = welcome.manifest_sha256, welcome.manifest_bytes
-            self._request(self._store.fetch_bundle(digest, size_bytes))
+            self._fetching.fetch_bundle(welcome.manifest_sha256, welcome.manifest_bytes)
 
     def _welcomed_back(self, welcome: Welcome, trainer: Trainer) -> None:
         """The server may be another start of it, which knows nothing of the open round."""
@@ -237,50 +231,22 @@ class Agent:
         self._ready()
 
     def _take_chunk(self, chunk: Chunk) -> None:
-        fetch = self._fetch
-        if fetch is None or not fetch.take(chunk):
-            return
-        self._fetched_s = time.monotonic()
-        if isinstance(fetch, BundleFetch) and fetch.altered and self._settings.identity:
-            raise UntrustedError(
-                f"bundle {self._welcome.manifest_sha256[:12] if self._welcome else ''} was altered "
-                "on its way: nothing of it is run; who else can write to this device's topic?"
-            )
-        if not fetch.complete:
-            self._request(fetch)
-        elif isinstance(fetch, BundleFetch):
-            self._fetch = None
-            self._take_bundle(fetch)
-        else:
-            self._take_snapshot(fetch)
-
-    def _take_bundle(self, fetch: BundleFetch) -> None:
-        bundle = read_bundle(fetch.folder)
-        up, down = self._fetch_began
-        self._bundle_bytes = (self._link.bytes_up - up, self._link.bytes_down - down)
-        self._start(bundle)
+        whole = self._fetching.take(chunk)
+        if isinstance(whole, BundleFetch):
+            self._start(read_bundle(whole.folder))
+        elif whole is not None:
+            self._take_snapshot(whole)
 
     def _take_snapshot(self, fetch: BlobFetch) -> None:
-        snapshot, trainer = self._snapshot, self._trainer
+        snapshot, trainer = self._fetching.snapshot, self._trainer
         if snapshot is not None and trainer is not None:
             scratch = trainer.scratch
             whole = fetch.finish(as_octets(scratch))
             if whole and trainer.restore(scratch, snapshot.next_round):
                 self._open.drop()
                 self._later.take()
-        self._drop_fetch()
+        self._fetching.drop()
         self._ready()
-
-    def _drop_fetch(self) -> None:
-        if self._fetch is not None:
-            self._fetch.discard()
-        self._fetch = self._snapshot = None
-
-    def _request(self, fetch: BlobFetch | BundleFetch) -> None:
-        self._fetch, self._fetched_s = fetch, time.monotonic()
-        request = fetch.next_request()
-        if request is not None:
-            self._send(request)
 
     def _start(self, bundle: Bundle) -> None:
         welcome = self._welcome
@@ -315,7 +281,7 @@ class Agent:
     def _train(self, message: Round | Commit | Snapshot | Scalars, trainer: Trainer) -> None:
         self._meter_run()
         match message:
-            case _ if self._snapshot is not None:
+            case _ if self._fetching.snapshot is not None:
                 pass  # the fetch under way comes first; what it leaves missing is asked for after
             case _ if self._asynchronous and self._puts_off(message, trainer):
                 pass
@@ -323,8 +289,7 @@ class Agent:
                 message.next_round > trainer.next_round
                 and message.size_bytes == trainer.state.nbytes
             ):
-                self._snapshot = message
-                self._request(self._store.fetch_snapshot(message.sha256, message.size_bytes))
+                self._fetching.fetch_snapshot(message)
             case Commit() if message.round == trainer.next_round:
                 self._commit(message, trainer)
             case Scalars() if message.round == trainer.next_round:
@@ -335,7 +300,7 @@ class Agent:
                 if trainer.welcome.device in message.participants:
                     self._open.take_part(trainer)
             case Round() | Commit() if message.round > trainer.next_round:
-                if time.monotonic() - self._advanced_s > GAP_S:
+                if time.monotonic() - self._advanced_s > _GAP_S:
                     self._ready()
             case _:
                 pass
@@ -379,7 +344,7 @@ class Agent:
     def _advance(self) -> None:
         """A little further; a commit is noticed in between."""
         if self._open.advance():  # computing is no silence of the server's
-            self._heard_s = self._repeated_s = time.monotonic()
+            self._watch.heard()
 
     def _publish_frame(self, payload: bytes) -> None:
         self._publish(self._topics.frame(self._settings.device_id), payload)
@@ -421,42 +386,26 @@ class Agent:
 
     def _forget_run(self) -> None:
         """Nothing of this run counts for the next one, its bytes included."""
-        self._drop_fetch()
+        self._fetching.forget_run()
         self._later.take()
         self._welcome = self._trainer = None
         self._metered = False
         self._open.drop()
         self._acknowledged_round = self._mismatch_round = self._open.begun = None
-        self._run_began = (self._link.bytes_up, self._link.bytes_down)
-        self._bundle_bytes = (0, 0)
+        self._run_began = self._stream()
 
     # -- time, messages, disk ----------------------------------------------------------------
 
     def _check_time(self) -> None:
-        now_s = time.monotonic()
-        if self._offline_since_s is not None:
-            if now_s - self._offline_since_s > self._settings.offline_s:
-                raise TransportError(
-                    f"broker lost for {self._settings.offline_s:.0f} s; start again once it is back"
-                )
-            return
-        if now_s - self._heard_s > self._settings.wait_s:
-            raise StalledError(
-                f"nothing heard from a server of fleet {self._settings.fleet!r} for "
-                f"{self._settings.wait_s:.0f} s; is `musplit serve` running on this broker?"
-            )
-        last_s = self._repeated_s if self._fetch is None else self._fetched_s
-        if not self._open.computing and now_s - last_s > REPEAT_S:
-            self._repeated_s = now_s
+        self._watch.check()
+        if not self._open.computing and self._watch.repeat_due(self._fetching.progress_s):
             self._repeat()
 
     def _repeat(self) -> None:
-        if self._snapshot is not None:  # the server keeps few: ask for a fresh one
-            self._drop_fetch()
-        if self._fetch is not None:
-            self._fetch.restart()
-            self._request(self._fetch)
-        elif self._trainer is not None:
+        self._fetching.again()
+        if self._fetching.under_way:
+            return
+        if self._trainer is not None:
             self._open.answer_again()
             self._ready()
         else:
@@ -476,14 +425,19 @@ class Agent:
             self._send(Ready(self._trainer.welcome.run, self._epoch, self._trainer.next_round))
 
     def _report(self, round_number: int, replay_s: float, trainer: Trainer) -> None:
-        up, down = self._run_began
+        now, began = self._stream(), self._run_began
         self._send(
             trainer.report(
                 self._epoch, round_number, self._open.started_unix_s, replay_s,
-                stream=(self._link.bytes_up - up, self._link.bytes_down - down),
-                bundle=self._bundle_bytes, rss=memory_bytes(), energy=self._energy.so_far(),
+                stream=(now[0] - began[0], now[1] - began[1]),
+                bundle=self._fetching.bundle_bytes, rss=memory_bytes(),
+                energy=self._energy.so_far(),
             )
         )  # fmt: skip
+
+    def _stream(self) -> tuple[int, int]:
+        """Bytes of the link so far, up and down."""
+        return self._link.bytes_up, self._link.bytes_down
 
     def _send(self, message: UpMessage) -> None:
         self._publish(self._topics.control(self._settings.device_id), encode(message))
@@ -497,12 +451,12 @@ class Agent:
         if event.fatal:
             raise TransportError(f"broker closed the connection: {event.reason}")
         self._say(f"broker lost ({event.reason}), reconnecting")
-        self._offline_since_s = self._offline_since_s or time.monotonic()
+        self._watch.lost()
 
     def _save(self, *, force: bool = False) -> None:
         now_s = time.monotonic()
         trainer = self._trainer
-        if trainer is not None and (force or now_s - self._saved_s >= SAVE_EVERY_S):
+        if trainer is not None and (force or now_s - self._saved_s >= _SAVE_EVERY_S):
             self._saved_s = now_s
             self._store.save_weights(
                 SavedWeights(trainer.welcome.run, trainer.next_round, trainer.state)

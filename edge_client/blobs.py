@@ -117,6 +117,7 @@ class BundleFetch:
     """
 
     def __init__(self, manifest_sha256: str, manifest_bytes: int, folder: Path) -> None:
+        self.digest = manifest_sha256
         self.folder = folder
         self.complete = False
         self.altered = False  # a whole file came, and was not the one asked for
