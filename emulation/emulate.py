@@ -29,7 +29,7 @@ from server_node.errors import ConfigError
 from server_node.files import CONFIG_FILE, LOCK_FILE, replace_file
 from server_node.journal import JOURNAL_FILE
 from server_node.partition import shard_name, write_shards
-from server_node.summary import write_summary
+from server_node.summary_file import write_summary
 from wire_protocol.errors import RefusedError, TransportError
 from wire_protocol.mqtt import Address
 
