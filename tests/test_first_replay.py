@@ -1,6 +1,5 @@
 """A first-order run replays from frames.bin, goes on after a crash, and survives damage."""
 
-import shutil
 
 import pytest
 from core_support import tiny_config
@@ -29,20 +28,6 @@ def config():
         "method.server_batch=pooled", "method.feedback=cut_gradient", "method.reuse_rounds=2",
         "devices.participants=2",
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """The folder of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    InProcessFleet(prepare(config, folder)).run()
-    return folder
-
-
-@pytest.fixture
-def run(whole, tmp_path):
-    """A copy of it, to be damaged."""
-    return shutil.copytree(whole, tmp_path / "run")
 
 
 def cut_journal(folder, number, more=0):
