@@ -163,10 +163,10 @@ def runs(process: psutil.Process) -> bool:
         return False
 
 
-def begun(emulation: Child) -> list[psutil.Process]:
-    """The processes under an emulation, once its devices are among them: its server exports."""
-    below = psutil.Process(emulation.pid).children(recursive=True)
-    return below if sum("device" in process.cmdline() for process in below) == 2 else []
+def below(emulation: Child) -> list[psutil.Process]:
+    """The processes under an emulation, once its server is among them."""
+    found = psutil.Process(emulation.pid).children(recursive=True)
+    return found if any("serve" in process.cmdline() for process in found) else []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -178,12 +178,12 @@ def test_nothing_outlives_an_emulation_that_is_ended(tmp_path, number):
     with Bench(tmp_path) as bench:
         emulation = bench.start("emulate", "--out", "run", *flags(STEADY))
         if number is signal.SIGINT:
-            wait_for_round(tmp_path / "run", 1)
-        below = wait_until(lambda: begun(emulation), "two devices")
-        assert {process.pid for process in below} < {p.pid for p in bench.survivors()}
+            wait_for_round(tmp_path / "run", 1)  # two devices run too
+        started = wait_until(lambda: below(emulation), "a server")
+        assert {process.pid for process in started} < {p.pid for p in bench.survivors()}
         emulation.signal(number)
         assert emulation.finish(20.0) == 130
         assert bench.left_behind() == []
-        assert not any(runs(process) for process in below)
+        assert not any(runs(process) for process in started)
         assert "Traceback" not in emulation.stderr
     assert emulation.stderr.splitlines()[-1] == "musplit: error: interrupted"
