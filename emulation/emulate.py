@@ -28,7 +28,7 @@ from server_node.config import Config, load_config
 from server_node.errors import ConfigError
 from server_node.files import CONFIG_FILE, LOCK_FILE
 from server_node.journal import JOURNAL_FILE
-from server_node.summary import write_summary
+from server_node.summary_file import write_summary
 from wire_protocol.manifest import CLIENT_FOLDER
 
 # How long processes of an emulator that was killed may take to end: theirs is 5 s and some more.

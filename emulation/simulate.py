@@ -26,7 +26,8 @@ from server_node.journal import JOURNAL_FILE
 from server_node.plot import plot_run
 from server_node.prepare import Experiment, prepare
 from server_node.samples import Dataset
-from server_node.summary import RunResult, result_of, summarise, write_summary
+from server_node.summary import RunResult, result_of, summarise
+from server_node.summary_file import write_summary
 from wire_protocol.allocator import keep_freed_memory
 
 Notify = Callable[[dict[str, Any]], None]

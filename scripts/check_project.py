@@ -40,7 +40,7 @@ RULES: Final = {
     "export": Room({"wire_protocol"}, {"numpy", "msgspec", "torch", "onnxruntime", "safetensors"}),
     "server_node": Room(
         {"wire_protocol", "identity", "export"},
-        {"numpy", "msgspec", "torch", "sklearn", "matplotlib", "PIL", "safetensors"},
+        {"numpy", "msgspec", "torch", "matplotlib", "PIL", "safetensors"},
     ),
     "emulation": Room(
         {"wire_protocol", "identity", "firmware_profiles", "edge_client", "export", "server_node"},

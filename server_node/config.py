@@ -5,6 +5,7 @@ docs/configuration.md explains every field; a test keeps it complete.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tomllib
 from pathlib import Path
@@ -116,7 +117,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text  # a bare word is a string
-    if _is_text(section, field):  # so is a number where a name belongs: model.cut=3
+    if f"{section}.{field}" in _text_fields():  # so is a number where a name belongs: model.cut=3
         value = value if isinstance(value, str) else text
     table = tree.setdefault(section, {})
     if not isinstance(table, dict):
@@ -124,10 +125,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
     table[field] = value
 
 
-def _is_text(section: str, field: str) -> bool:
-    sections = {f.name: f.type for f in msgspec.structs.fields(Config)}
-    fields = msgspec.structs.fields(sections[section]) if section in sections else ()
-    return any(f.name == field and f.type is str for f in fields)
+@functools.cache
+def _text_fields() -> frozenset[str]:
+    """The fields, as section.field, that are strings; asking msgspec takes a while."""
+    fields = msgspec.structs.fields
+    return frozenset(
+        f"{section.name}.{field.name}"
+        for section in fields(Config)
+        for field in fields(section.type)
+        if field.type is str
+    )
 
 
 def _explain(error: msgspec.ValidationError) -> str:

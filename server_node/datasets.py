@@ -5,6 +5,8 @@ docs/data.md shows each.
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +33,7 @@ from wire_protocol.errors import InputError
 from wire_protocol.npz import input_arrays, parse_npz
 
 _NPZ_ARRAYS: Final = ("x_train", "y_train", "x_test", "y_test")
+_DIGITS_FILE: Final = "datasets/data/digits.csv.gz"
 
 
 def load_dataset(section: DataSection) -> Dataset:
@@ -71,17 +74,27 @@ def _load(section: DataSection) -> Dataset:
 
 
 def _digits() -> Dataset:
+    table = _digits_table()
+    x, y = table[:, :-1].astype(np.uint8), table[:, -1].astype(np.int64)
+    order = seeded_order(Draw.DIGITS, len(y))
+    test = round(len(y) * TEST_FRACTION)
+    x, y = x[order], y[order]
+    return Dataset("digits", [x[test:]], y[test:], [x[:test]], y[:test])
+
+
+def _digits_table() -> NDArray[np.float64]:
+    """Rows of 64 pixels and the label, from scikit-learn's folder: importing it takes seconds."""
+    package = importlib.util.find_spec("sklearn")
+    folders = package.submodule_search_locations if package is not None else None
     try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - only this data set needs it
-    except ImportError as error:
+        if not folders:
+            raise FileNotFoundError("sklearn")
+        with gzip.open(Path(folders[0]) / _DIGITS_FILE, "rt", encoding="utf-8") as file:
+            return np.loadtxt(file, delimiter=",")
+    except OSError as error:
         raise DataError(
             "data 'digits': needs scikit-learn; pip install 'musplit[emulation]'"
         ) from error
-    x, y = load_digits(return_X_y=True)
-    order = seeded_order(Draw.DIGITS, len(y))
-    test = round(len(y) * TEST_FRACTION)
-    x, y = x.astype(np.uint8)[order], y.astype(np.int64)[order]
-    return Dataset("digits", [x[test:]], y[test:], [x[:test]], y[:test])
 
 
 def _image_folder(path: Path) -> Dataset:

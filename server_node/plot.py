@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from server_node.recorder import RoundMetrics, read_rounds
 
 PLOT_FILE: Final = "accuracy.png"
@@ -15,6 +12,10 @@ PLOT_FILE: Final = "accuracy.png"
 
 def plot_run(folder: Path, title: str) -> Path:
     """Write FOLDER/accuracy.png from rounds.jsonl of the run and of its control."""
+    # At a run's end: importing it takes a second, which no device should wait for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     simulated = any(row.simulated_s for row in read_rounds(folder))
     figure = Figure(figsize=(15 if simulated else 10, 4), layout="constrained")
     FigureCanvasAgg(figure)

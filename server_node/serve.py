@@ -29,13 +29,12 @@ from server_node.recorder import read_rounds
 from server_node.resume import History, Past, check_identity, read_past, rebuild
 from server_node.summary import (
     RunResult,
-    read_summary,
     result_of,
     result_of_past,
     summarise,
     write_energies,
-    write_summary,
 )
+from server_node.summary_file import read_summary, write_summary
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.errors import IdentityError, StalledError, TransportError
 from wire_protocol.frames import MAX_FRAME_BYTES

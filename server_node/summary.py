@@ -1,4 +1,4 @@
-"""summary.json: what a run came to, with the frozen-client control beside it."""
+"""What a run came to, with the frozen-client control beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from server_node.run import Run
 from server_node.torch_half import Scores
 from wire_protocol.manifest import sha256
 
-SUMMARY_FILE: Final = "summary.json"
 ENERGY_FILE: Final = "energy.json"
 
 
@@ -178,18 +177,3 @@ def write_energies(folder: Path, energies: Energies) -> None:
     """Write FOLDER/energy.json: what every session of every device has taken, by what."""
     data = (json.dumps(energies.rows(), indent=2) + "\n").encode()
     replace_file(folder / ENERGY_FILE, lambda file: file.write(data))
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write FOLDER/summary.json."""
-    data = (json.dumps(summary, indent=2) + "\n").encode()
-    replace_file(folder / SUMMARY_FILE, lambda file: file.write(data))
-
-
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """FOLDER/summary.json, or None when there is none that can be read."""
-    try:
-        summary = json.loads((folder / SUMMARY_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return summary if isinstance(summary, dict) else None

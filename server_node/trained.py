@@ -21,7 +21,7 @@ from server_node.half import ServerHalf
 from server_node.machine import fix_arithmetic
 from server_node.prepare import control_config
 from server_node.resume import History, check_identity, read_past, rebuild
-from server_node.summary import read_summary
+from server_node.summary_file import read_summary
 from wire_protocol.manifest import CLIENT_FOLDER, SERVER_FOLDER
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -40,6 +41,10 @@ class Pool:
                 process.kill()  # a run's file is there or not: nothing is lost by it
             for process in self._running:
                 process.wait(_GRACE_S)
+                for pipe in (process.stdin, process.stdout):
+                    assert pipe is not None
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
 
     def run(self, specs: Sequence[Spec], done: Callable[[int, str], None]) -> None:
         """Compute all; `done(index, error)` as each ends, in a thread, one call at a time."""

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 import psutil
+from click.testing import CliRunner, Result
 
 from emulation.inprocess import InProcessFleet
+from musplit.cli import main
 from server_node.config import DataSection, load_config
 from server_node.datasets import load_dataset
 from server_node.partition import write_shards
@@ -110,6 +112,12 @@ def _in_process(pairs: tuple[str, ...]) -> Digests:
     with tempfile.TemporaryDirectory(prefix="musplit-test-") as folder:
         run = InProcessFleet(prepare(load_config(DIGITS, list(pairs)), Path(folder))).run()
     return Digests(sha256(run.client), sha256(run.server))
+
+
+def here(*arguments: str, cwd: Path | None = None) -> Result:
+    """`musplit ARGUMENTS` in this process: for what ends before it starts anything, in no time."""
+    with contextlib.chdir(cwd or Path.cwd()):
+        return CliRunner().invoke(main, arguments)
 
 
 # -- processes

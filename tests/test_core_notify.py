@@ -1,4 +1,4 @@
-"""What the device program tells the service manager that started it."""
+"""What the device program tells the service manager that started it; in a run: test_e2e_board."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import socket
 import time
 
 import pytest
-from harness import TINY, Bench, make_shards
 
 from edge_client.notify import Notifier
 
@@ -58,21 +57,3 @@ def test_nobody_listening_is_no_error(tmp_path):
         notifier.ready()
         time.sleep(0.002)
         notifier.alive()
-
-
-def test_a_device_says_ready_when_the_broker_has_answered_and_then_stays_alive(manager, tmp_path):
-    address, received = manager
-    config = {**TINY, "devices.count": 1, "run.rounds": 2}
-    with Bench(tmp_path / "bench") as bench:
-        broker = bench.broker()
-        (shard,) = make_shards(tmp_path / "shards", 1)
-        device = bench.device(
-            "pi-1", broker, shard, env={"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "600000"}
-        )
-        device.wait_for("connected to")
-        server = bench.serve(broker, tmp_path / "run", config)
-        assert server.finish() == 0, server.stderr
-        device.finish(15.0)
-    messages = received()
-    assert messages[0] == "READY=1"
-    assert messages.count("WATCHDOG=1") > 3

@@ -3,7 +3,6 @@
 import csv
 import json
 import resource
-import shutil
 
 import numpy as np
 import pytest
@@ -56,20 +55,6 @@ ROUNDS = 5
 @pytest.fixture(scope="module")
 def config():
     return tiny_config(f"run.rounds={ROUNDS}", "evaluation.control=false")
-
-
-@pytest.fixture(scope="module")
-def whole(config, tmp_path_factory):
-    """The folder of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    InProcessFleet(prepare(config, folder)).run()
-    return folder
-
-
-@pytest.fixture
-def run(whole, tmp_path):
-    """A copy of it, to be damaged."""
-    return shutil.copytree(whole, tmp_path / "run")
 
 
 def go_on(config, folder):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from edge_client.errors import ShardError
 from edge_client.shard import load_shard
@@ -18,6 +19,7 @@ from musplit.cli import main
 from server_node.config import DataSection, load_config
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError, DataError
+from server_node.samples import Draw, seeded_order
 
 
 def refusal(source):
@@ -49,6 +51,17 @@ def test_labels_of_another_form_are_refused_with_the_remedy(tmp_path, y, remedy)
     text = refusal(write(tmp_path / "d.npz", y_test=y))
     assert "y_test" in text
     assert text.endswith(remedy)
+
+
+def test_digits_are_those_that_scikit_learn_loads():
+    """All of them, as they are; which of them are test samples is drawn from a fixed seed."""
+    data = load_dataset(DataSection())
+    x, y = load_digits(return_X_y=True)
+    rows = np.concatenate((np.column_stack((data.x_test[0], data.y_test)),
+                           np.column_stack((data.x_train[0], data.y_train))))  # fmt: skip
+    order = seeded_order(Draw.DIGITS, len(y))
+    np.testing.assert_array_equal(rows, np.column_stack((x, y))[order])
+    assert (len(data.y_test), data.x_train[0].dtype) == (359, np.uint8)
 
 
 def test_names_of_classes_in_an_npz_are_taken(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from harness import TINY, Bench, Digests, flags
+from harness import TINY, Bench, Digests, flags, here
 
 from server_node.journal import RoundClosed, read_journal
 
@@ -23,8 +23,8 @@ def finished(tmp_path_factory):
     with Bench(folder) as bench:
         child = bench.run("emulate", "--out", "run", "--format", "json", *flags(CONFIG))
         assert child.process.returncode == 0, child.stderr
-        replayed = bench.run("replay", "run", "--format", "json")
-        assert replayed.process.returncode == 0, replayed.stderr
+    replayed = here("replay", str(folder / "run"), "--format", "json")
+    assert replayed.exit_code == 0, replayed.stderr
     records = read_journal(folder / "run" / "journal.bin").records
     closed = [record for record in records if isinstance(record, RoundClosed)]
     return json.loads(child.stdout), json.loads(replayed.stdout), closed

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
@@ -89,23 +92,41 @@ def test_a_command_that_needs_more_names_the_extra_to_install(board, tmp_path, c
 
 
 class Served(NamedTuple):
-    """A finished run whose only device ran on the board."""
+    """A finished run whose only device ran on the board, and what its service manager heard."""
 
     device: Child
     run: Path
+    heard: list[str]
 
 
 @pytest.fixture(scope="module")
 def served(board, tmp_path_factory) -> Served:
     folder = tmp_path_factory.mktemp("board")
-    with Bench(folder) as bench:
+    with Bench(folder) as bench, contextlib.ExitStack() as stack:
         address = bench.broker()
         (shard,) = make_shards(folder / "shards", 1)
+        manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.bind(str(folder / "notify"))
+        manager.setblocking(False)
+        told = {"NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "600000"}
+        device = bench.device("board", address, shard, env={**board, **told})
+        device.wait_for("connected to")
         server = bench.serve(address, folder / "run", CONFIG)
-        device = bench.device("board", address, shard, env=board)
         assert server.finish() == 0, server.stderr
         device.finish(15.0)
-    return Served(device, folder / "run")
+        return Served(device, folder / "run", list(heard(manager)))
+
+
+def heard(manager: socket.socket) -> Iterator[str]:
+    """What has been said by now; a socket keeps some messages, and what comes then is lost."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield manager.recv(100).decode()
+
+
+def test_a_device_says_ready_when_the_broker_has_answered_and_then_stays_alive(served):
+    assert served.heard[0] == "READY=1"
+    assert served.heard.count("WATCHDOG=1") > 3
 
 
 def test_a_device_without_torch_takes_part_in_a_run(served):

@@ -7,7 +7,7 @@ import threading
 from typing import Any, NamedTuple
 
 import pytest
-from harness import DIGITS, TINY, Bench, Digests, Proxy, flags, read_jsonl, undisturbed
+from harness import TINY, Bench, Digests, Proxy, here, read_jsonl, undisturbed
 
 from wire_protocol.messages import Chunk, Commit, DownMessage, End, Round, Snapshot, decode_down
 from wire_protocol.mqtt import Address, Link, Received
@@ -52,23 +52,16 @@ class ByHand(NamedTuple):
     proxy: Proxy
     heard: list[tuple[str, DownMessage]]
     device_order: list[str]
-    emulated: Digests
 
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory) -> ByHand:
-    """Two devices through a counting proxy, with the frozen-client control after the run.
-
-    Meanwhile, `emulate` runs the same without the control.
-    """
+    """Two devices through a counting proxy, with the frozen-client control after the run."""
     folder = tmp_path_factory.mktemp("by-hand")
     with Bench(folder) as bench:
-        emulation = bench.start(
-            "emulate", str(DIGITS), "--out", "emulated", "--format", "json", *flags(NO_CONTROL)
-        )
         address = bench.broker()
-        sharding = bench.run("shard", "digits", "--devices", "2", "--out", "shards")
-        assert sharding.process.returncode == 0, sharding.stderr
+        sharding = here("shard", "digits", "--devices", "2", "--out", str(folder / "shards"))
+        assert sharding.exit_code == 0, sharding.stderr
         observer = Observer(address)
         try:
             server = bench.serve(address, folder / "run", CONFIG)
@@ -82,13 +75,11 @@ def by_hand(tmp_path_factory) -> ByHand:
             assert codes["server"] == 0, server.stderr
         finally:
             observer.close()
-        assert emulation.finish() == 0, emulation.stderr
-        emulated = Digests.of(json.loads(emulation.stdout))
     rows = read_jsonl(folder / "run" / "devices.jsonl")
     order = {row["device"]: row["device_id"] for row in rows}
     summary = json.loads((folder / "run" / "summary.json").read_text())
     in_order = [order[index] for index in sorted(order)]
-    return ByHand(codes, summary, proxy, observer.heard, in_order, emulated)
+    return ByHand(codes, summary, proxy, observer.heard, in_order)
 
 
 def test_every_command_ends_with_0_by_itself(by_hand):
@@ -99,8 +90,9 @@ def test_indices_follow_the_shards_and_not_the_names(by_hand):
     assert by_hand.device_order == ["zulu", "alpha"]
 
 
-def test_the_digests_are_those_of_emulate_with_the_same_configuration(by_hand):
-    assert Digests.of(by_hand.summary) == by_hand.emulated == undisturbed(NO_CONTROL)
+def test_the_digests_are_those_of_the_fleet_in_one_process(by_hand):
+    """As those of `emulate` are: test_e2e_emulate."""
+    assert Digests.of(by_hand.summary) == undisturbed(NO_CONTROL)
 
 
 def test_the_frozen_client_control_was_run(by_hand):

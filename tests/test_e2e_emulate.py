@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from harness import TINY, Bench, Child, Digests, flags, read_jsonl, undisturbed
+from harness import TINY, Bench, Child, Digests, flags, here, read_jsonl, undisturbed
 
 from server_node.journal import RoundClosed, read_journal
 
@@ -185,15 +185,13 @@ def test_no_process_is_left_behind(emulated):
     assert emulated.left_behind == []
 
 
-def replay(folder: Path, run: Path) -> tuple[int, dict[str, Any]]:
-    with Bench(folder) as bench:
-        child = bench.run("replay", str(run), "--format", "json")
-        assert "Traceback" not in child.stderr
-        return child.process.returncode, json.loads(child.stdout)
+def replay(run: Path) -> tuple[int, dict[str, Any]]:
+    done = here("replay", str(run), "--format", "json")
+    return done.exit_code, json.loads(done.stdout)
 
 
-def test_replay_of_a_run_gives_its_digests(amqtt, tmp_path):
-    code, result = replay(tmp_path, amqtt.run)
+def test_replay_of_a_run_gives_its_digests(amqtt):
+    code, result = replay(amqtt.run)
     assert (code, result["rounds"], result["matches"], result["complete"]) == (0, 6, True, True)
     assert Digests.of(result) == Digests.of(amqtt.summary)
 
@@ -208,7 +206,7 @@ def copy_essentials(run: Path, target: Path) -> Path:
 
 
 def test_replay_needs_halves_and_journal_only(amqtt, tmp_path):
-    code, result = replay(tmp_path, copy_essentials(amqtt.run, tmp_path / "copy"))
+    code, result = replay(copy_essentials(amqtt.run, tmp_path / "copy"))
     assert code == 0
     assert Digests.of(result) == Digests.of(amqtt.summary)
 
@@ -222,6 +220,6 @@ def test_replay_of_a_journal_with_one_altered_byte_ends_with_1(amqtt, tmp_path, 
     assert data.count(scalars) == 1
     data[data.index(scalars) + 3] ^= 0x80  # the sign of the first float32
     path.write_bytes(data)
-    code, result = replay(tmp_path, path.parent)
+    code, result = replay(path.parent)
     assert (code, result["matches"]) == (1, False)
     assert Digests.of(result) != Digests.of(amqtt.summary)

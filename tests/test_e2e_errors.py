@@ -6,20 +6,19 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-from harness import DIGITS, LOOPBACK, TINY, Bench, Child, free_port, make_shards
+from click.testing import Result
+from harness import DIGITS, LOOPBACK, TINY, Bench, Child, free_port, here, make_shards
 
 from wire_protocol.mqtt import Address
 
 ERROR = "musplit: error: "
 CONFIG = str(DIGITS)
 DEAD = f"{LOOPBACK}:{{dead}}"
-AT_ONCE = 2
 
 
 class Mistake(NamedTuple):
@@ -49,13 +48,13 @@ MISTAKES = [
     Mistake("a quorum without a deadline",
             ["emulate", "--set", "round.quorum=1"], 3, "round.deadline_s"),
     Mistake("a dead broker, for the server",
-            ["serve", CONFIG, "--broker", DEAD, "--connect-s", "2", "--out", "{folder}/unreached"],
+            ["serve", CONFIG, "--broker", DEAD, "--connect-s", "0.5", "--out", "{folder}/dead"],
             4, "cannot be reached"),
     Mistake("a dead broker, for a device",
-            ["device", "--id", "d", "--broker", DEAD, "--connect-s", "2", "--data", "{shard}"],
+            ["device", "--id", "d", "--broker", DEAD, "--connect-s", "0.5", "--data", "{shard}"],
             4, "cannot be reached"),
     Mistake("a broker that is none",
-            ["device", "--id", "d", "--broker", f"{LOOPBACK}:{{mute}}", "--connect-s", "2",
+            ["device", "--id", "d", "--broker", f"{LOOPBACK}:{{mute}}", "--connect-s", "0.5",
              "--data", "{shard}"], 4, "does not speak MQTT"),
     Mistake("an address without a port number",
             ["device", "--id", "d", "--broker", "host:x", "--data", "{shard}"], 3, "HOST:PORT"),
@@ -85,7 +84,7 @@ MISTAKES = [
     Mistake("a data set that is not there",
             ["shard", "missing.npz", "--devices", "2", "--out", "{folder}/x"], 3, "missing.npz"),
     Mistake("too few devices",
-            ["serve", CONFIG, "--broker", "{broker}", "--set", "round.lobby_s=3",
+            ["serve", CONFIG, "--broker", "{broker}", "--set", "round.lobby_s=0.5",
              "--set", "run.fleet=empty", "--out", "{folder}/lonely"], 6, "0 of 8 devices"),
     Mistake("a run folder that holds a run",
             ["serve", CONFIG, "--broker", DEAD, "--out", "{folder}/old"], 3, "holds a run already"),
@@ -121,8 +120,8 @@ def bed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mistaken(bed) -> dict[str, Child]:
-    """Every mistake made, a few at a time."""
+def places(bed):
+    """What fills the {} of a mistake; the port `mute` takes connections and never answers."""
     folder = bed.bench.folder
     (folder / "broken.toml").write_text("[run\n")
     (folder / "old").mkdir()
@@ -133,47 +132,48 @@ def mistaken(bed) -> dict[str, Child]:
     altered = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
     (folder / "altered.npz").write_bytes(altered)
     np.savez(folder / "unlabelled.npz", x=np.zeros((4, 64), np.uint8))
-    with socket.create_server((LOOPBACK, 0)) as mute, ThreadPoolExecutor(AT_ONCE) as pool:
-        places = {
+    with socket.create_server((LOOPBACK, 0)) as mute:
+        yield {
             "folder": folder, "shard": bed.shard, "dead": free_port(), "broker": bed.broker,
             "mute": mute.getsockname()[1],
         }  # fmt: skip
-        children = pool.map(
-            lambda m: bed.bench.run(
-                *(part.format(**places) for part in m.command), timeout_s=120.0
-            ),
-            MISTAKES,
-        )
-        return dict(zip(NAMES, children, strict=True))
+
+
+def made(mistake: Mistake, places: dict[str, object], folder: Path) -> Result:
+    """The mistake, made in this process, in an empty folder."""
+    return here(*(part.format(**places) for part in mistake.command), cwd=folder)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=NAMES)
-def test_a_mistake_costs_one_line_and_its_exit_code(mistaken, mistake):
-    child = mistaken[mistake.name]
-    assert child.code == mistake.code, child.stderr
-    lines = [line for line in child.stderr.splitlines() if line.startswith(ERROR)]
+def test_a_mistake_costs_one_line_and_its_exit_code(places, tmp_path, mistake):
+    """Nothing else is said, but by servers, which tell of the export before."""
+    done = made(mistake, places, tmp_path)
+    assert done.exit_code == mistake.code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith(ERROR)]
     assert len(lines) == 1
     assert mistake.said in lines[0]
-    assert child.stderr.endswith(lines[0] + "\n")
-    assert "Traceback" not in child.stderr
-    assert child.stdout == ""
-
-
-def test_a_command_that_never_connected_says_nothing_but_the_error(mistaken):
-    """All but the servers, which tell of the export before."""
-    chatty = [name for m, name in zip(MISTAKES, NAMES, strict=True) if m.command[0] == "serve"]
-    lines = {name: len(mistaken[name].stderr.splitlines()) for name in NAMES if name not in chatty}
-    assert lines == dict.fromkeys(lines, 1)
+    assert done.stderr.endswith(lines[0] + "\n")
+    assert done.stdout == ""
+    assert mistake.command[0] == "serve" or done.stderr.splitlines() == lines
 
 
 @pytest.mark.parametrize("mistake", USAGE, ids=[mistake.name for mistake in USAGE])
-def test_a_wrong_command_line_gets_a_usage_and_2(tmp_path, mistake):
-    with Bench(tmp_path) as bench:
-        child = bench.run(*mistake.command)
-    assert child.code == mistake.code
-    assert child.stderr.startswith("Usage: ")
-    assert mistake.said in child.stderr.splitlines()[-1]
-    assert "Traceback" not in child.stderr
+def test_a_wrong_command_line_gets_a_usage_and_2(mistake):
+    done = here(*mistake.command)
+    assert done.exit_code == mistake.code
+    assert done.stderr.startswith("Usage: ")
+    assert mistake.said in done.stderr.splitlines()[-1]
+
+
+def test_the_program_says_and_returns_the_same(tmp_path):
+    for mistake, first in ((MISTAKES[2], ERROR), (USAGE[0], "Usage: ")):
+        with Bench(tmp_path) as bench:
+            child = bench.run(*mistake.command)
+        assert child.code == mistake.code
+        assert child.stderr.startswith(first)
+        assert mistake.said in child.stderr.splitlines()[-1]
+        assert "Traceback" not in child.stderr
+        assert child.stdout == ""
 
 
 def _samples(folder: Path, features: int, label: int) -> list[str]:
@@ -242,10 +242,9 @@ def test_a_device_without_a_server_gives_up_with_6(bed):
     assert child.stderr.splitlines()[-1].startswith(f"{ERROR}nothing heard from a server of fleet")
 
 
-def test_a_waiting_server_that_is_stopped_ends_with_130(tmp_path, bed):
-    server = bed.bench.serve(bed.broker, tmp_path / "run", {**TINY, "run.fleet": "stopped"})
-    server.wait_for("waiting for")
-    server.signal(signal.SIGINT)
-    assert server.finish(15.0) == 130
-    assert server.stderr.splitlines()[-1] == f"{ERROR}interrupted"
-    assert "Traceback" not in server.stderr
+def test_a_waiting_server_that_is_stopped_ends_with_130(bed):
+    """The last test: it ends the server that the others had."""
+    bed.server.signal(signal.SIGINT)
+    assert bed.server.finish(15.0) == 130
+    assert bed.server.stderr.splitlines()[-1] == f"{ERROR}interrupted"
+    assert "Traceback" not in bed.server.stderr

@@ -13,6 +13,7 @@ from harness import (
     Bench,
     Digests,
     flags,
+    here,
     make_shards,
     read_jsonl,
     undisturbed,
@@ -42,10 +43,27 @@ def rounds(run: Path) -> int:
     return len(read_jsonl(run / "rounds.jsonl"))
 
 
+def runs(process: psutil.Process) -> bool:
+    """False also for one that has ended and that nobody has waited for yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def sessions(run: Path, device_id: str) -> int:
+    """How often a device was started, or rather took part."""
+    rows = read_jsonl(run / "devices.jsonl")
+    return len({row["epoch"] for row in rows if row["device_id"] == device_id})
+
+
 def test_an_emulation_whose_parts_and_then_all_of_it_are_killed_ends_in_the_undisturbed_digests(
     tmp_path,
 ):
-    """Server, broker, all devices, then the emulator itself, which is resumed with --resume."""
+    """Server, broker, all devices, then the emulator itself, which is resumed with --resume.
+
+    The emulator leaves nothing running behind, not even so.
+    """
     run = tmp_path / "run"
     with Bench(tmp_path) as bench:
         emulation = bench.start("emulate", "--out", "run", *flags(STEADY))
@@ -53,18 +71,23 @@ def test_an_emulation_whose_parts_and_then_all_of_it_are_killed_ends_in_the_undi
             wait_for_round(run, rounds(run) + 1, 120.0)
             kill(bench, word)
         wait_for_round(run, rounds(run) + 1, 120.0)
+        started = psutil.Process(emulation.pid).children(recursive=True)
+        assert len(started) >= 4  # a broker, a server, two devices
         emulation.kill()
+        wait_until(lambda: not any(map(runs, started)), "the end of all processes", 10.0)
+        assert bench.left_behind() == []
         assert rounds(run) < 24
         resumed = bench.start("emulate", "--resume", "run", "--format", "json")
         assert resumed.finish(120.0) == 0, resumed.stderr
         again = bench.run("emulate", "--resume", "run", "--format", "json")
-        replayed = bench.run("replay", "run", "--format", "json")
-    for name in ("server", "broker", "device-000", "device-001"):
-        assert f"{name} ended (code " in emulation.stderr
+    replayed = here("replay", str(run), "--format", "json")
+    for name in ("server", "broker", "device-000", "device-001"):  # devices wait for the others
+        assert emulation.stderr.count(f"{name} ended (code ") == 1
     summary = json.loads(resumed.stdout)
     assert Digests.of(summary) == undisturbed(STEADY)
     assert (summary["rounds"], summary["client_rounds"], summary["resumed"]) == (24, 48, 2)
     assert [row["round"] for row in read_jsonl(run / "rounds.jsonl")] == list(range(24))
+    assert [sessions(run, f"device-00{n}") for n in range(2)] == [3, 3]
     assert again.code == 0
     assert "24 of 24 rounds are closed (complete)" in again.stderr
     assert json.loads(again.stdout) == summary
@@ -72,31 +95,28 @@ def test_an_emulation_whose_parts_and_then_all_of_it_are_killed_ends_in_the_undi
     assert (result["matches"], result["complete"], result["notes"]) == (True, True, [])
 
 
-def test_a_server_by_hand_is_resumed_for_devices_that_waited(tmp_path):
-    """Killed with -9, then ended by Ctrl-C, after which the devices have to be started again."""
+def test_a_server_that_was_interrupted_is_resumed_for_devices_that_come_back(tmp_path):
+    """Ended by Ctrl-C, after which the devices have to be started again, in any order."""
     run = tmp_path / "run"
     with Bench(tmp_path) as bench:
         address = bench.broker()
         shards = make_shards(tmp_path / "shards")
         server = bench.serve(address, run, STEADY)
-        server.wait_for("waiting for", 120.0)
-        refused = bench.run("serve", "--resume", str(run), "--broker", str(address))
         devices = [bench.device(f"d{i}", address, shards[i]) for i in range(2)]
         wait_for_round(run, 2, 120.0)
-        server.kill()
-        server = bench.start("serve", "--resume", str(run), "--broker", str(address))
-        wait_for_round(run, rounds(run) + 1, 120.0)
-        assert [device.code for device in devices] == [None, None]
+        refused = here("serve", "--resume", str(run), "--broker", str(address))
         server.signal(signal.SIGINT)
         assert server.finish() == 130
         assert [device.finish(15.0) for device in devices] == [0, 0]
         server = bench.start("serve", "--resume", str(run), "--broker", str(address))
-        for index in (1, 0):  # the order of return does not matter
+        for index in (1, 0):
             bench.device(f"d{index}", address, shards[index])
         assert server.finish() == 0, server.stderr
-    assert refused.code == 3
+    assert refused.exit_code == 3
     assert "another server uses this run folder" in refused.stderr
-    assert Digests.of(json.loads((run / "summary.json").read_text())) == undisturbed(STEADY)
+    summary = json.loads((run / "summary.json").read_text())
+    assert Digests.of(summary) == undisturbed(STEADY)
+    assert summary["resumed"] == 1
 
 
 def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
@@ -108,9 +128,8 @@ def test_what_cannot_be_resumed_is_told_in_one_line(tmp_path):
         (["emulate", "--resume", "run", "--quick"], 2, "leave out --set"),
         (["serve", "--broker", "127.0.0.1:1"], 2, "give CONFIG, or --resume RUN"),
     )
-    with Bench(tmp_path) as bench:
-        for arguments, code, text in cases:
-            child = bench.run(*arguments)
-            assert child.code == code, child.stderr
-            assert text in child.stderr
-            assert len(child.stderr.splitlines()) == 1
+    for arguments, code, text in cases:
+        done = here(*arguments, cwd=tmp_path)
+        assert done.exit_code == code, done.stderr
+        assert text in done.stderr
+        assert len(done.stderr.splitlines()) == 1

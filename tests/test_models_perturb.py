@@ -20,12 +20,18 @@ from server_node.run import Run
 from server_node.summary import result_of, summarise
 from server_node.trained import evaluate_run, export_run
 from tests.core_support import tiny_config
-from wire_protocol.manifest import sha256
+from wire_protocol.manifest import Manifest, sha256
 
 
 def run_of(config: Config, folder: Path) -> tuple[Experiment, Run]:
     experiment = prepare(config, folder)
     return experiment, InProcessFleet(experiment).run()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """A client half that is perturbed as a whole."""
+    return export_model("lenet", "conv2", tmp_path_factory.mktemp("all"), seed=1).manifest
 
 
 @pytest.mark.parametrize(
@@ -39,12 +45,11 @@ def run_of(config: Config, folder: Path) -> tuple[Experiment, Run]:
     ],
 )
 def test_only_what_is_chosen_is_a_parameter(
-    perturb: list[str], trained: set[str], tmp_path: Path
+    perturb: list[str], trained: set[str], whole: Manifest, tmp_path: Path
 ) -> None:
     result = export_model("lenet", "conv2", tmp_path, seed=1, perturb=perturb)
     tensors = result.manifest.tensors
     assert {t.name for t in tensors if t.kind == "parameter"} == trained
-    whole = export_model("lenet", "conv2", tmp_path / "all", seed=1).manifest
     plain = sum(t.size_bytes // 4 for t in tensors if t.name in {u.name for u in whole.tensors})
     assert plain == whole.parameters  # nothing is lost
     assert result.manifest.parameters == sum(

@@ -44,8 +44,15 @@ def stem_config(*overrides: str) -> Config:
     return load_config(None, [*fields, *overrides])
 
 
-@pytest.mark.parametrize("shape", [[1, 28, 28], [3, 32, 32]])
-@pytest.mark.parametrize("perturb", [["none"], ["patches.*"], ["adapters:2"], ["norms"]])
+@pytest.mark.parametrize(
+    ("shape", "perturb"),
+    [
+        ([1, 28, 28], ["none"]),
+        ([3, 32, 32], ["patches.*"]),
+        ([1, 28, 28], ["adapters:2"]),
+        ([3, 32, 32], ["norms"]),
+    ],
+)
 def test_every_choice_exports_faithfully(
     shape: list[int], perturb: list[str], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from harness import TINY, Bench, read_jsonl
+from harness import TINY, Bench, make_shards, read_jsonl
 from msgspec import structs
 from power_support import origin
 
@@ -229,14 +229,12 @@ def metered(tmp_path_factory):
     config = {**TINY, "run.rounds": 12, "evaluation.control": False, "evaluation.target": 0.01}
     with Feed() as feed, Bench(folder) as bench:
         address = bench.broker()
-        bench.run("shard", "digits", "--devices", "2", "--out", "shards")
+        shards = make_shards(folder / "shards")
         server = bench.serve(address, folder / "run", config, "--require-measured")
         meter = ("--meter", f"lines:tcp://127.0.0.1:{feed.port}", "--require-measured")
         children = [
-            bench.device(
-                f"pi-{n}", address, folder / f"shards/shard-00{n}.npz", "--delay-s", "0.3", *meter
-            )
-            for n in range(2)
+            bench.device(f"pi-{n}", address, shard, "--delay-s", "0.3", *meter)
+            for n, shard in enumerate(shards)
         ]
         assert server.finish(240.0) == 0, server.stderr
         for child in children:
