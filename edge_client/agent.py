@@ -298,7 +298,7 @@ class Agent:
                 self._apply_later(trainer)
             case Round() if message.round == trainer.next_round != self._acknowledged_round:
                 if trainer.welcome.device in message.participants:
-                    self._open.take_part(trainer)
+                    self._open.take_part(trainer, again=not self._link.backlog)
             case Round() | Commit() if message.round > trainer.next_round:
                 if time.monotonic() - self._advanced_s > _GAP_S:
                     self._ready()
@@ -398,7 +398,9 @@ class Agent:
 
     def _check_time(self) -> None:
         self._watch.check()
-        if not self._open.computing and self._watch.repeat_due(self._fetching.progress_s):
+        if self._link.backlog:  # the broker has it or asks for it again; a slow link takes its time
+            self._watch.busy_sending()
+        elif not self._open.computing and self._watch.repeat_due(self._fetching.progress_s):
             self._repeat()
 
     def _repeat(self) -> None:

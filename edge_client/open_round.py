@@ -43,10 +43,10 @@ class OpenRound:
         """True when a share was begun on the present weights."""
         return self.computing or bool(self._sent)
 
-    def take_part(self, trainer: Trainer) -> None:
-        """Begin the round; when it was begun, send all frames again: one was lost, or is late."""
+    def take_part(self, trainer: Trainer, *, again: bool) -> None:
+        """Begin the round. When it was begun, and `again`, send all frames again: one was lost."""
         if self._sent:
-            self._unsent = list(self._sent)
+            self._unsent = list(self._sent) if again else self._unsent
         elif self._work is None and self._answering is None:
             self.started_unix_s = time.time()
             self.begun = trainer.next_round

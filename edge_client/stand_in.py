@@ -159,7 +159,7 @@ def read_stand_in(path: Path) -> StandIn:
         return msgspec.json.decode(path.read_bytes(), type=StandIn)
     except OSError as error:
         raise PaceError(f"{path}: cannot be read ({error.strerror})") from error
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise PaceError(f"{path}: {error}; musplit emulate --fleet writes such files") from error
 
 

@@ -39,6 +39,10 @@ class Watch:
         if answer:
             self._answered_s = self._heard_s
 
+    def busy_sending(self) -> None:
+        """What was asked for is still on its way to the broker: no answer is due yet."""
+        self._answered_s = time.monotonic()
+
     def check(self) -> None:
         """Raises TransportError without a broker, StalledError without a server, for too long."""
         now_s = time.monotonic()

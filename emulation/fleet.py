@@ -127,7 +127,7 @@ def saved_fleet(folder: Path) -> list[EmulatedDevice]:
     try:
         data = (folder / FLEET_FILE).read_bytes()
         return msgspec.json.decode(data, type=list[EmulatedDevice])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FleetFileError(f"{folder / FLEET_FILE}: cannot be read ({error})") from error
 
 

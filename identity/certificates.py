@@ -146,7 +146,7 @@ def check_host(host: str) -> None:
         if not _HOST_NAME.fullmatch(host):
             raise AuthorityError(
                 f"--host {host!r}: write an address or a host name of letters, digits, '-' and "
-                "'.', e.g. 192.168.1.10"
+                "'.', e.g. 192.168.1.10; IPv6 without brackets"
             ) from None
 
 

@@ -176,7 +176,7 @@ def _ask(url: str, ca: Path, body: Request) -> Answer:
         return _decoded(data, peer)
     try:
         reason = printable(msgspec.json.decode(data, type=Refusal).error)
-    except msgspec.DecodeError:
+    except ValueError:
         reason = f"HTTP status {response.status}"
     if response.status == HTTPStatus.FORBIDDEN:
         raise EnrolmentError(f"{peer} refused: {reason}")
@@ -186,7 +186,7 @@ def _ask(url: str, ca: Path, body: Request) -> Answer:
 def _decoded(data: bytes, peer: str) -> Answer:
     try:
         return msgspec.json.decode(data, type=Answer)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise EnrolmentError(f"{peer} gave no answer of this version: {error}") from error
 
 

@@ -90,7 +90,7 @@ class LedgerFile:
             raise AuthorityError(f"{self.folder}: holds no authority; {_REMEDY}")
         try:
             return msgspec.json.decode(read(path, _REMEDY), type=Ledger)
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             raise AuthorityError(f"{path}: damaged ({error}); restore it from a copy") from error
 
     def write(self, ledger: Ledger) -> None:

@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise EnrolmentError(f"a request has 1 to {MAX_BYTES} bytes, and says how many")
         try:
             return msgspec.json.decode(text, type=Request)
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             raise EnrolmentError("not an enrolment request of this version") from error
 
     def _length(self) -> int:

@@ -306,6 +306,15 @@ def test_a_wheelhouse_for_another_python_is_refused(desk, tmp_path):
     [
         (b"\xfd7zXZ\0" + b"\0" * 600, "unpack it first"),
         (b"\0" * 100, "no partition table"),
+        (
+            b"\0" * 450
+            + b"\x0c"
+            + b"\0" * 3
+            + (1).to_bytes(4, "little") * 2
+            + b"\0" * 48
+            + b"\x55\xaa",
+            "ends within its boot partition",
+        ),
         (b"\0" * 510 + b"\x55\xaa", "no FAT partition"),
         (b"\0" * 450 + b"\xee" + b"\0" * 59 + b"\x55\xaa", "GPT"),
     ],
@@ -329,6 +338,8 @@ def test_a_file_that_is_no_card_is_refused(desk, tmp_path, data, reason):
         (["--boot-dir", ".", "--insecure", "--ca", "ca.pem"], 2, "or type --insecure"),
         (["--boot-dir", ".", "--ca", "ca.pem"], 2, "--token-file"),
         (["--boot-dir", ".", "--insecure", "--broker", "a b"], 3, "--broker"),
+        (["--boot-dir", ".", "--insecure", "--broker", "lab:0"], 3, "--broker 'lab:0'"),
+        (["--boot-dir", ".", "--insecure", "--broker", "[::1]:65536"], 3, "--broker"),
         (["--boot-dir", ".", "--insecure", "--device-id", "../x"], 3, "device id"),
         (["--boot-dir", "none", "--insecure"], 3, "no folder"),
     ],

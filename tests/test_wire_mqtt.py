@@ -21,6 +21,7 @@ from wire_support import (
     wait_for,
 )
 
+from emulation.link import LinkShape, shaped_links
 from wire_protocol.errors import TransportError
 from wire_protocol.mqtt import Address, Connected, Disconnected, Link, LinkEvent, Received, Will
 from wire_protocol.parts import split
@@ -72,6 +73,23 @@ def until(link: Link, wanted: type, timeout_s: float = 20.0) -> LinkEvent:
         if isinstance(event, wanted):
             return event
     pytest.fail(f"no {wanted.__name__} within {timeout_s} s")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_may_take_longer_than_the_keep_alive(
+    bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link of 64 kbit/s: 40 kB take 5 s, and the answer to a ping comes after them."""
+    monkeypatch.setattr("wire_protocol.mqtt._KEEPALIVE_S", 1)
+    shape = LinkShape(64e3, 64e3)
+    with shaped_links([shape], bench.broker(kind).address, 0) as (way,):
+        link = bench.link(way)
+        link.publish("out/x", random.Random(1).randbytes(40_000))
+        begin_s = time.monotonic()
+        assert wait_for(lambda: link.backlog == 0, 20.0)
+        assert time.monotonic() - begin_s > 4.0
+        assert link.next_event(0) is None  # the connection held
+        link.close(0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,6 +45,8 @@ __all__ = [
 DEFAULT_PORT: Final = 1883
 DEFAULT_TLS_PORT: Final = 8883
 _KEEPALIVE_S: Final = 15
+# A peer that takes nothing of what is sent for so long is gone, whatever it still has to answer.
+_UNTAKEN_S: Final = 120.0
 _QOS: Final = 1
 _EVENTS_QUEUED: Final = 512
 _BYTES_QUEUED: Final = 256 << 20
@@ -210,7 +212,7 @@ class Link:
             client.will_set(self._will.topic, self._will.payload, qos=_QOS)
         if self._tls is not None:
             client.tls_set_context(self._tls)
-        client.on_socket_open = _set_nodelay
+        client.on_socket_open = _prepare_socket
         client.on_connect = self._on_connect
         client.on_connect_fail = self._on_connect_fail
         client.on_disconnect = self._on_disconnect
@@ -356,5 +358,7 @@ def _draw_reconnect_delay(client: CountingClient) -> None:
     )
 
 
-def _set_nodelay(_client: paho.Client, _data: Any, sock: Any) -> None:
+def _prepare_socket(_client: paho.Client, _data: Any, sock: Any) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux, tcp(7)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * _UNTAKEN_S))

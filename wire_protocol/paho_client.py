@@ -6,6 +6,7 @@ What paho 2.2 does, and what is done here instead:
 * a message published by another thread waits until paho's own thread wakes up; here the
   publishing thread writes to the socket itself, and paho's thread takes what does not fit;
 * each partial send copies the rest of the packet; here it is a view;
+* the answer to a ping waits behind our own messages on a slow link; here that is no silence;
 * each PUBACK is decoded into objects that nobody asks for; here its number is enough;
 * under TLS a reason for the end of a connection is lost; here it is kept. OpenSSL wants one thread
   at a connection, so reads and writes take turns.
@@ -148,6 +149,16 @@ class CountingClient(paho.Client):
             if result != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 break
         return result
+
+    def _check_keepalive(self) -> None:
+        """As paho's, but no answer to a ping is missing while a message waits for its PUBACK.
+
+        A megabyte takes longer than the keep-alive on a link of 0.5 Mbit/s, and the ping comes
+        after it. Of a peer that is gone the kernel tells, when nothing that is sent is taken.
+        """
+        if self._out_messages:
+            self._ping_t = 0.0
+        super()._check_keepalive()
 
     def _sock_send(self, buf: Any) -> int:
         with self._tls_lock:

@@ -199,7 +199,7 @@ class Evidence:
         names = [ENVIRONMENT_FILE, *(f"environment-{i}.json" for i in range(1, count + 1))]
         try:
             return [msgspec.json.decode(self._read(n), type=Environment) for n in names]
-        except msgspec.DecodeError as error:
+        except ValueError as error:
             raise EvidenceError(f"{self.folder / ENVIRONMENT_FILE}: {error}") from error
 
     def _read(self, name: str) -> bytes:

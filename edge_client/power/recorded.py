@@ -41,7 +41,9 @@ def read_recorded(path: Path, options: Mapping[str, str], boundary: Boundary = "
                 times_s.append(row[0])
                 powers_w.append(row[1])
     if len(times_s) < 2:
-        raise MeterError(f"{where}: fewer than two readings ({left_out} rows are none)")
+        raise MeterError(
+            f"{where}: fewer than two readings ({left_out} rows are none, {zeros} read 0 W or less)"
+        )
     reasons = [f"{left_out} rows are no readings"] if left_out else []
     reasons += [f"{zeros} readings of 0 W or less"] if zeros else []
     return Trace(

@@ -177,5 +177,10 @@ def _fat_offset(image: Path) -> int:
         )
     for _, kind, first, sectors in entries:
         if kind in _FAT_TYPES and sectors:
+            if image.stat().st_size < (first + sectors) * _SECTOR_BYTES:
+                raise FlashError(
+                    f"--image {image}: ends within its boot partition, so a part is missing; "
+                    "download or unpack it again"
+                )
             return int(first) * _SECTOR_BYTES
     raise FlashError(f"--image {image}: has no FAT partition, so it does not boot a Raspberry Pi")

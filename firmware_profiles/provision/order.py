@@ -13,8 +13,12 @@ from wire_protocol.topics import check_name
 _USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 _COUNTRY: Final = re.compile(r"[A-Z]{2}")
 # Host names, IPv4 and IPv6 addresses: nothing that a shell or systemd would read as more.
-_BROKER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?|\[[0-9a-fA-F:]+\](:\d{1,5})?")
-_URL: Final = re.compile(r"https://[A-Za-z0-9.:\[\]/_-]+")
+_BROKER: Final = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9.-]*(?::(\d{1,5}))?|\[[0-9a-fA-F:]+\](?::(\d{1,5}))?"
+)
+_URL: Final = re.compile(
+    r"https://(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(?::(\d{1,5}))?(?:/[A-Za-z0-9./_-]*)?"
+)
 _SSH_KEY: Final = re.compile(
     r"(ssh|ecdsa|sk-ssh|sk-ecdsa)-[A-Za-z0-9@.-]+ [A-Za-z0-9+/=]+( [^\n]*)?"
 )
@@ -89,7 +93,8 @@ class Order(NamedTuple):
         """Raises InputError."""
         check_name(self.device_id, "device id")
         check_name(self.fleet, "fleet")
-        if not _BROKER.fullmatch(self.broker):
+        broker = _BROKER.fullmatch(self.broker)
+        if not broker or not _is_port(broker[1] or broker[2]):
             raise FlashError(
                 f"--broker {self.broker!r}: write HOST or HOST:PORT, e.g. 192.168.1.10"
             )
@@ -98,7 +103,8 @@ class Order(NamedTuple):
             raise FlashError(
                 f"--token-file: not a token for {self.device_id!r}; make one: musplit ca enroll"
             )
-        if self.lab.secure and not _URL.fullmatch(self.lab.enrol_url):
+        url = _URL.fullmatch(self.lab.enrol_url)
+        if self.lab.secure and (not url or not _is_port(url[1])):
             raise FlashError(f"--enrol-url {self.lab.enrol_url!r}: write https://HOST:PORT")
 
     @property
@@ -108,3 +114,7 @@ class Order(NamedTuple):
             re.sub(r"[^a-z0-9-]+", "-", self.device_id.lower()).strip("-")[:63].rstrip("-")
             or "musplit"
         )
+
+
+def _is_port(digits: str | None) -> bool:
+    return digits is None or 0 < int(digits) < 65536

@@ -146,5 +146,5 @@ def _read(path: Path) -> dict[str, Measured]:
         return {}
     except OSError as error:
         raise TableError(f"{path}: cannot be read ({error.strerror})") from error
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         raise TableError(f"{path}: no table of measured rounds ({error}); remove it") from error
