@@ -1,6 +1,7 @@
 """The zoo: models by name. Weights are torch's defaults, from the generator's present state.
 
 mlp:64-32-32-10    widths, input first, classes last; ReLU between
+conv:4-32-10       filters of one 3x3 convolution, then widths, classes last
 lenet              LeNet-5 for 28x28 (LeCun et al. 1998)
 alexnet            the AlexNet for 32x32 of GAS (AAAI 2025): 3,868,746 parameters; takes 28x28 too
 alexnet-white      the same, started from whitening filters and orthogonal layers (export/start.py)
@@ -10,9 +11,9 @@ mobilenetv2        MobileNetV2 (arXiv 1801.04381) for small images, with GroupNo
 mobilenetv2-bn     the same with frozen BatchNorm
 stem:256           patches, whitening to so many features, linear head (export/stem.py)
 
-All but mlp and stem take options after colons, in any order: a number is the classes (10), cN the
-channels of the image (3; lenet 1), wN the width of the first layer (alexnet and mobilenetv2 32,
-resnet18 64; the others follow in proportion): alexnet:100, resnet18:10:c1:w16.
+All but mlp, conv and stem take options after colons, in any order: a number is the classes (10),
+cN the channels of the image (3; lenet 1), wN the width of the first layer (alexnet and mobilenetv2
+32, resnet18 64; the others follow in proportion): alexnet:100, resnet18:10:c1:w16.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from export.start import start_white
 from export.stem import build_stem
 
 NAMES: Final = (
-    "mlp:64-32-32-10, lenet, alexnet, alexnet-white, resnet18, resnet18-bn, mobilenetv2, "
-    "mobilenetv2-bn, stem:256"
+    "mlp:64-32-32-10, conv:4-32-10, lenet, alexnet, alexnet-white, resnet18, resnet18-bn, "
+    "mobilenetv2, mobilenetv2-bn, stem:256"
 )
 _SIDE: Final = 32
 # Width of a group of GroupNorm; narrow layers make one group of all their channels.
@@ -62,6 +63,8 @@ def build_zoo(name: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
     kind, _, argument = name.partition(":")
     if kind == "mlp":
         return _mlp(name, argument, sample)
+    if kind == "conv":
+        return _small_conv(name, argument, sample)
     if kind == "lenet":
         options = _options(name, argument, channels=1, width=6)
         return _lenet(options), (options.channels, 28, 28)
@@ -72,7 +75,7 @@ def build_zoo(name: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
             name, options, sample
         )
     if kind == "stem":
-        image = _stem_image(name, sample)
+        image = _any_image(name, sample)
         return build_stem(name, image), image
     makers = {"resnet18": _resnet18, "mobilenetv2": _mobilenetv2}
     maker = makers.get(kind.removesuffix("-bn"))
@@ -112,7 +115,7 @@ def _image(name: str, options: Options, sample: Shape | None) -> Shape:
     return shape
 
 
-def _stem_image(name: str, sample: Shape | None) -> tuple[int, int, int]:
+def _any_image(name: str, sample: Shape | None) -> tuple[int, int, int]:
     """(channels, height, width) as the data has it, 1x28x28 without data; 64 numbers are 1x8x8."""
     shape = sample or (1, 28, 28)
     if len(shape) == 1 and math.isqrt(shape[0]) ** 2 == shape[0]:
@@ -123,11 +126,15 @@ def _stem_image(name: str, sample: Shape | None) -> tuple[int, int, int]:
     return shape
 
 
-def _mlp(name: str, argument: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
+def _widths(name: str, argument: str, example: str) -> list[int]:
     try:
-        widths = [int(width) for width in argument.split("-")]
+        return [int(width) for width in argument.split("-")]
     except ValueError as error:
-        raise ModelError(f"model {name!r}: write the widths as in mlp:64-32-32-10") from error
+        raise ModelError(f"model {name!r}: write the widths as in {example}") from error
+
+
+def _mlp(name: str, argument: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
+    widths = _widths(name, argument, "mlp:64-32-32-10")
     if sample is not None and math.prod(sample) != widths[0]:
         fitting = "-".join(map(str, [math.prod(sample), *widths[1:]]))
         raise ModelError(
@@ -136,12 +143,30 @@ def _mlp(name: str, argument: str, sample: Shape | None) -> tuple[nn.Module, Sha
         )
     if len(widths) < 3 or min(widths) < 1:
         raise ModelError(f"model {name!r}: an mlp to be cut needs three widths or more, all >= 1")
+    return nn.Sequential(_dense(widths)), sample or (widths[0],)
+
+
+def _dense(widths: list[int]) -> OrderedDict[str, nn.Module]:
+    """Linear layers of these widths, ReLU behind all but the last."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
         linear = nn.Linear(fan_in, fan_out)
         last = i == len(widths) - 1
         layers[f"fc{i}"] = linear if last else nn.Sequential(linear, nn.ReLU())
-    return nn.Sequential(layers), sample or (widths[0],)
+    return layers
+
+
+def _small_conv(name: str, argument: str, sample: Shape | None) -> tuple[nn.Module, Shape]:
+    """A device half of few parameters: one convolution, and all else dense behind it."""
+    filters, *widths = _widths(name, argument, "conv:4-32-10")
+    if not widths or min(filters, *widths) < 1:
+        raise ModelError(f"model {name!r}: filters, then widths, all >= 1, as in conv:4-32-10")
+    channels, height, width = shape = _any_image(name, sample)
+    if min(height, width) < 2:
+        raise ModelError(f"model {name!r} takes images from 2x2 on, got {height}x{width}")
+    conv1 = nn.Sequential(nn.Conv2d(channels, filters, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    dense = _dense([filters * (height // 2) * (width // 2), *widths])
+    return nn.Sequential(OrderedDict(conv1=conv1) | dense), shape
 
 
 def _lenet(options: Options) -> nn.Module:
@@ -192,9 +217,7 @@ def _group_norm(channels: int) -> nn.Module:
 def _conv(
     fan_in: int, fan_out: int, size: int, norm: Norm, stride: int = 1, groups: int = 1
 ) -> list[nn.Module]:
-    convolution = nn.Conv2d(
-        fan_in, fan_out, size, stride, size // 2, groups=groups, bias=False
-    )  # fmt: skip
+    convolution = nn.Conv2d(fan_in, fan_out, size, stride, size // 2, groups=groups, bias=False)
     return [convolution, norm(fan_out)]
 
 

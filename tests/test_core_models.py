@@ -32,6 +32,7 @@ def built(*layers, shape=(4,)):
     [
         ("mlp:8-6-4", ["fc1.0", "fc1"]),
         ("mlp:8-6-5-4", ["fc1.0", "fc1", "fc2.0", "fc2"]),
+        ("conv:2-5-4", ["conv1.0", "conv1.1", "conv1", "flatten", "fc1.0", "fc1"]),
         ("lenet", ["conv1.0", "conv1.1", "conv1", "conv2.0", "conv2.1", "conv2", "flatten",
                    "fc1.0", "fc1", "fc2.0", "fc2"]),
     ],
@@ -40,7 +41,7 @@ def test_legal_cuts_are_named_by_the_shortest_name_of_each_position(name, cuts):
     assert legal_cuts(build_model(name, 0, None)) == cuts
 
 
-@pytest.mark.parametrize("name", ["mlp:8-6-5-4", "lenet"])
+@pytest.mark.parametrize("name", ["mlp:8-6-5-4", "conv:2-5-4", "lenet"])
 def test_every_legal_cut_gives_halves_that_together_are_the_model(name):
     model = build_model(name, 0, None)
     x = torch.randn(3, *model.inputs[0].shape)
@@ -127,6 +128,11 @@ def test_the_seed_decides_the_weights():
         ("mlp:8--4-2", None),
         ("mlp:8-x-4", None),
         ("mlp:8-6-4", (9,)),
+        ("conv:4", None),
+        ("conv:0-4", None),
+        ("conv:4-x", None),
+        ("conv:4-8", (9, 2, 2, 2)),
+        ("conv:4-8", (1, 1, 9)),
         ("lenet:1", None),
         ("lenet:ten", None),
         ("lenet:-3", None),
@@ -145,6 +151,8 @@ def test_model_that_cannot_be_is_refused_by_name(name, shape):
 def test_sample_shape_may_come_without_dimensions_of_one():
     assert build_model("lenet:4", 0, (28, 28)).inputs[0].shape == (1, 28, 28)
     assert build_model("mlp:64-8-4", 0, (8, 8)).inputs[0].shape == (8, 8)
+    assert build_model("conv:2-4", 0, (64,)).inputs[0].shape == (1, 8, 8)
+    assert build_model("conv:2-4", 0, (3, 9, 8)).inputs[0].shape == (3, 9, 8)
     assert build_model("alexnet:10:c1:w2", 0, (28, 28)).inputs[0].shape == (1, 28, 28)
 
 
