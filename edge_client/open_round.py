@@ -46,7 +46,8 @@ class OpenRound:
     def take_part(self, trainer: Trainer, *, again: bool) -> None:
         """Begin the round. When it was begun, and `again`, send all frames again: one was lost."""
         if self._sent:
-            self._unsent = list(self._sent) if again else self._unsent
+            if again:
+                self._unsent = list(self._sent)
         elif self._work is None and self._answering is None:
             self.started_unix_s = time.time()
             self.begun = trainer.next_round
