@@ -23,7 +23,7 @@ from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
 from server_node.run import Run
-from server_node.samples import Dataset
+from server_node.samples import Dataset, shard_samples
 from wire_protocol.frames import Frame, decode_frame, encode_frame
 from wire_protocol.messages import Commit, Derivatives, DownMessage, Round, Scalars
 
@@ -164,6 +164,6 @@ def make_shards(config: Config, data: Dataset | None = None) -> list[Shard]:
     data = load_dataset(config.data) if data is None else data
     parts = partition(data.y_train, config.devices.count, config.data.alpha, config.run.seed)
     return [
-        Shard(Path(f"shard {index}"), [x[part] for x in data.x_train], data.y_train[part], index)
+        Shard(Path(f"shard {index}"), *shard_samples(data, part), index)
         for index, part in enumerate(parts)
     ]

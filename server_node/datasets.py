@@ -23,6 +23,7 @@ from server_node.samples import (
     check_dataset,
     hold_out,
     lend,
+    mirror,
     seeded_order,
     withhold,
 )
@@ -37,7 +38,7 @@ _DIGITS_FILE: Final = "datasets/data/digits.csv.gz"
 
 
 def load_dataset(section: DataSection) -> Dataset:
-    """Load what `section` names: hold-out, public samples and shift applied; raw samples.
+    """Load what `section` names: hold-out, public samples, shift and mirror applied; raw.
 
     Raises DataError.
     """
@@ -49,7 +50,9 @@ def load_dataset(section: DataSection) -> Dataset:
         data = lend(data, _load(other), section.public)
     elif section.public:
         data = withhold(data, section.public)
-    return shift(data, section) if section.shift != "none" else data
+    if section.shift != "none":
+        data = shift(data, section)
+    return mirror(data, channels_last=section.channels_last) if section.mirror else data
 
 
 def _load(section: DataSection) -> Dataset:

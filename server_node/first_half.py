@@ -20,7 +20,14 @@ from torch.nn import functional
 from server_node.flat import aligned_rows, bind
 from server_node.guards import Guards
 from server_node.optimisers import OptimiserRule, OptimiserState, build_optimiser
-from server_node.torch_half import ActivationBatch, Scores, TorchHalf, Turn, as_float32
+from server_node.torch_half import (
+    ActivationBatch,
+    Scores,
+    TorchHalf,
+    Turn,
+    as_float32,
+    own_copy,
+)
 
 # Vectors in float64 are made of so many elements at a time, which stay in the processor's cache.
 _CHUNK: Final = 1 << 16
@@ -132,8 +139,7 @@ class FirstHalf(TorchHalf):
             self._state.write(self._base_state)
         self._optimiser.zero_grad(set_to_none=True)
         with torch.enable_grad():
-            # A copy of h: the first layer may work in place.
-            loss = functional.cross_entropy(self._module(turn.batch.h.clone()), turn.batch.labels)
+            loss = functional.cross_entropy(self._module(own_copy(turn.batch.h)), turn.batch.labels)
             loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
         self._held = turn.device, len(turn.done) + 1

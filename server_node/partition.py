@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server_node.errors import DataError
-from server_node.samples import Dataset
+from server_node.samples import Dataset, shard_samples
 from wire_protocol.npz import input_name
 
 _ATTEMPTS: Final = 1000
@@ -58,7 +58,8 @@ def write_shards(data: Dataset, devices: int, alpha: float, seed: int, out: Path
     paths: list[Path] = []
     for index, part in enumerate(partition(data.y_train, devices, alpha, seed)):
         path = out / shard_name(index)
-        xs = {input_name("x", i): x[part] for i, x in enumerate(data.x_train)}
-        np.savez(path, **xs, allow_pickle=False, y=data.y_train[part], shard_index=np.int64(index))
+        xs, y = shard_samples(data, part)
+        arrays = {input_name("x", i): x for i, x in enumerate(xs)}
+        np.savez(path, **arrays, allow_pickle=False, y=y, shard_index=np.int64(index))
         paths.append(path)
     return paths

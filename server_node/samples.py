@@ -31,6 +31,8 @@ class Dataset(NamedTuple):
     # Samples that the server may know: withheld from all devices, shaped like x_train; or none.
     x_public: tuple[NDArray[np.generic], ...] = ()
     y_public: NDArray[np.int64] = np.empty(0, np.int64)
+    # Axis of x_train[0] along which a device holds each of its samples mirrored too; 0: none.
+    mirror_axis: int = 0
 
 
 class Draw(IntEnum):
@@ -113,6 +115,35 @@ def lend(data: Dataset, other: Dataset, count: int) -> Dataset:
         x_public=tuple(x[order] for x in other.x_train), y_public=other.y_train[order],
         notes=(*data.notes, note),
     )  # fmt: skip
+
+
+def image_axes(shape: tuple[int, ...], *, channels_last: bool) -> tuple[int, int]:
+    """The axes, from the end, that are rows and columns of an image of this shape."""
+    return (-3, -2) if channels_last and len(shape) > 2 else (-2, -1)
+
+
+def mirror(data: Dataset, *, channels_last: bool) -> Dataset:
+    """The same, but a device holds its images mirrored left to right too. Raises DataError."""
+    x = data.x_train[0]
+    if x.ndim < 3:
+        raise DataError(f"{data.name}: data.mirror needs images, samples have shape {x.shape[1:]}")
+    _, columns = image_axes(x.shape[1:], channels_last=channels_last)
+    note = "mirrored: devices hold each of their images left to right too"
+    return data._replace(mirror_axis=x.ndim + columns, notes=(*data.notes, note))
+
+
+def shard_samples(
+    data: Dataset, part: NDArray[np.int64]
+) -> tuple[list[NDArray[np.generic]], NDArray[np.int64]]:
+    """x[input] and y of the device that is dealt these training samples."""
+    xs, y = [x[part] for x in data.x_train], data.y_train[part]
+    if data.mirror_axis:
+        xs = [
+            np.concatenate([xs[0], np.flip(xs[0], data.mirror_axis)]),
+            *(np.concatenate([x, x]) for x in xs[1:]),
+        ]
+        y = np.concatenate([y, y])
+    return xs, y
 
 
 def _usable(x: NDArray[np.generic]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from wire_protocol.encodings import Compression, Encoding
 from wire_protocol.messages import ClientOptimiser, Feedback
@@ -63,6 +63,9 @@ class DataSection(Section, frozen=True):
     public_source: str = ""
     # What the devices' and the test samples have gone through; public samples have not.
     shift: Literal["none", "rotate90", "invert", "gain"] = "none"
+    # Devices hold each training image mirrored left to right too. Unset it is not in a
+    # configuration's digest, so that those of published results stay.
+    mirror: bool | UnsetType = UNSET
     window: Count = 0
     stride: Count = 0
     label: str = "label"

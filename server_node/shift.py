@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server_node.errors import DataError
-from server_node.samples import Dataset
+from server_node.samples import Dataset, image_axes
 from server_node.sections import DataSection
 
 # Deviation of the logarithm of a sensor element's gain.
@@ -47,7 +47,7 @@ def shift(data: Dataset, section: DataSection) -> Dataset:
 
 def _image_axes(data: Dataset, shape: tuple[int, ...], *, channels_last: bool) -> tuple[int, int]:
     """The axes of x (n, *shape) that are an image's rows and columns."""
-    axes = (-3, -2) if channels_last and len(shape) > 2 else (-2, -1)
+    axes = image_axes(shape, channels_last=channels_last)
     if len(shape) < 2 or shape[axes[0]] != shape[axes[1]]:
         raise DataError(
             f"{data.name}: data.shift rotate90 needs images with equal sides, samples have shape "

@@ -73,8 +73,7 @@ class TorchHalf:
         """dL/dh (batch, *activation shape), L the mean loss over the batch."""
         with torch.enable_grad():
             h = batch.h.detach().clone().requires_grad_()
-            # A copy: the first layer may work in place.
-            loss = functional.cross_entropy(self._module(h.clone()), batch.labels)
+            loss = functional.cross_entropy(self._module(own_copy(h)), batch.labels)
             (gradient,) = torch.autograd.grad(loss, h)
         found: Vector = gradient.cpu().numpy()
         return found
@@ -114,6 +113,15 @@ class TorchHalf:
 
     def _labels(self, labels: NDArray[np.uint32] | NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(labels.astype(np.int64)).to(self._device)
+
+
+def own_copy(h: torch.Tensor) -> torch.Tensor:
+    """A copy of activations for a module whose first layer may work in place.
+
+    Images lie channels last: torch's convolutions take a tenth to a sixth less time with them.
+    """
+    images = h.dim() == 4
+    return h.clone(memory_format=torch.channels_last if images else torch.contiguous_format)
 
 
 def as_float32(value: float) -> float:

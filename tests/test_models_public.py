@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_client.shard import load_shard
 from emulation.inprocess import make_shards
 from export.models import build_model
 from export.start_weights import load_start_weights
@@ -98,6 +99,33 @@ def test_only_square_images_are_rotated(tmp_path: Path) -> None:
     source = str(numbered(tmp_path / "data.npz", shape=(4, 6)))
     with pytest.raises(DataError, match="equal sides"):
         load_dataset(DataSection(source=source, shift="rotate90"))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6), (4, 6, 3)])
+def test_a_device_holds_its_images_mirrored_too(shape: tuple[int, ...], tmp_path: Path) -> None:
+    source = str(numbered(tmp_path / "data.npz", shape=shape))
+    last = shape[-1] == 3
+    columns = 2 if last or len(shape) == 2 else 3
+    plain, both = (
+        load_dataset(DataSection(source=source, channels_last=last, mirror=mirror))
+        for mirror in (False, True)
+    )
+    for mine, old in zip(
+        write_shards(both, 4, 0.0, 0, tmp_path / "both"),
+        write_shards(plain, 4, 0.0, 0, tmp_path / "plain"),
+        strict=True,
+    ):
+        held, found = load_shard(old), load_shard(mine)
+        x = held.xs[0]
+        assert np.array_equal(found.xs[0], np.concatenate([x, np.flip(x, columns)]))
+        assert np.array_equal(found.y, np.concatenate([held.y, held.y]))
+    assert np.array_equal(both.x_test[0], plain.x_test[0])
+
+
+def test_only_images_are_mirrored(tmp_path: Path) -> None:
+    source = str(numbered(tmp_path / "data.npz", shape=(6,)))
+    with pytest.raises(DataError, match=r"data\.mirror needs images"):
+        load_dataset(DataSection(source=source, mirror=True))
 
 
 def test_a_warm_up_starts_a_run(tmp_path: Path) -> None:
