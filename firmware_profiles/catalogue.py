@@ -45,6 +45,8 @@ def load_profile(name_or_path: str) -> Profile:
 def read_profile(path: Path) -> Profile:
     """A user's own file. Raises ProfileError, one line that names file, field and remedy."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ProfileError(f"{path}: is no file; give a profile's TOML file")
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
         text = data.decode("utf-8")
@@ -115,5 +117,10 @@ def _problems(profile: Profile) -> Iterator[tuple[str, str]]:
             "runtime.onnxruntime",
             f"{runtime.onnxruntime} is among runtime.crashes; pin another version",
         )
+    sensors = profile.power.sensors
+    if len(set(sensors)) < len(sensors):
+        yield "power.sensors", "names a meter twice; write each once"
+    if "model" in sensors[:-1]:
+        yield "power.sensors", "what stands behind model is never read; write model last"
     if len(set(profile.memory_mb)) < len(profile.memory_mb):
         yield "memory_mb", "lists a size twice; write each once"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.resources import files
 
 import pytest
@@ -94,6 +95,8 @@ def test_an_own_profile_by_path(tmp_path):
         ("threads = 4\n", "threads = -1\n", r"runtime\.threads"),
         ('onnxruntime = "1.24.4"', 'onnxruntime = "1.21.0"', r"runtime\.onnxruntime.*crashes"),
         ("memory_mb = [1024,", "memory_mb = [2048,", r"memory_mb: lists a size twice"),
+        ('"ina226",', '"ina219",', r"power\.sensors: names a meter twice"),
+        ('"plug-mqtt", "model"', '"model", "plug-mqtt"', r"power\.sensors: .*write model last"),
         ('name = "rpi-4b"', 'name = "Pi 4"', r"name: Expected `str` matching"),
         ('boundary = "board-dc"', 'boundary = "somewhere"', r"power\.idle\.boundary: Invalid"),
         ('[power.load]\nvalue_w = 6.4\nboundary = "board-dc"',
@@ -115,6 +118,13 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, old, new, message):
         load_profile(str(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "pipe.toml"
+    os.mkfifo(pipe)
+    with pytest.raises(ProfileError, match=r"is no file"):
+        load_profile(str(pipe))
 
 
 def test_a_calibrated_step():
