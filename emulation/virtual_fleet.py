@@ -196,7 +196,7 @@ class VirtualFleet:
         size_bytes = publish_bytes(self._topics.down(self._names[device]), len(payload))
         self.traffic.received(size_bytes)
         arrives_s = self._bring(device, size_bytes)
-        gradient = decode_frame(payload, self.run.compressed_max_bytes)
+        gradient = decode_frame(payload, self.run.terms.compressed_max_bytes)
         answer = partial(self._answer, device, gradient, self._attempts[device])
         self._queue.at(arrives_s, answer)
 
@@ -259,7 +259,7 @@ class VirtualFleet:
         for payload in self._trainers[device].steps(epoch=0):
             if payload is None:
                 continue
-            frame = decode_frame(payload, self.run.compressed_max_bytes)
+            frame = decode_frame(payload, self.run.terms.compressed_max_bytes)
             forwards = 1
             if frame.kind is FrameKind.DIFFERENCES:
                 self._group[frame.first_k] = len(frame.tensor)

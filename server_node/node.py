@@ -236,7 +236,7 @@ class Node:
             if not uplink.is_frame:
                 self._control(uplink.device_id, member, decode_up(event.payload))
             elif run is not None and member is not None and member.index is not None:
-                frame = decode_frame(event.payload, run.compressed_max_bytes)
+                frame = decode_frame(event.payload, run.terms.compressed_max_bytes)
                 self._frame(run, member, member.index, frame)
         except ProtocolError as error:
             if run is not None:

@@ -34,8 +34,9 @@ from server_node.journal import Header, Resumed
 from server_node.ledger import Ledger
 from server_node.machine import environment, fix_arithmetic
 from server_node.optimisers import OptimiserRule, check_optimiser
+from server_node.outbox import Outbox
 from server_node.resume import History, Past, check_identity
-from server_node.run import Outbox, Run
+from server_node.run import Run
 from server_node.samples import Dataset
 from server_node.transform import Declared, check_fit, explained, sample_arrays
 from wire_protocol.manifest import CLIENT_FOLDER, SERVER_FOLDER

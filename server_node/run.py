@@ -1,6 +1,6 @@
 """One run: the coordinator's actions carried out, its work computed. No MQTT in here.
 
-An `Outbox` takes the messages; the MQTT node, the in-process fleet and tests bring their own.
+An `Outbox` takes the messages.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from server_node.actions import (
     OpenShare,
     Remind,
     Reply,
-    Rules,
     SendGradient,
     Step,
     Work,
@@ -40,14 +39,14 @@ from server_node.half import ServerHalf
 from server_node.halves import Halves
 from server_node.journal import Header
 from server_node.ledger import Ledger
+from server_node.outbox import Outbox
 from server_node.resume import History
+from server_node.terms import Terms
 from server_node.torch_half import Scores
-from wire_protocol.directions import directions_digest
-from wire_protocol.frames import HEADER_BYTES, Frame, FrameKind
+from wire_protocol.frames import Frame, FrameKind
 from wire_protocol.manifest import Manifest
 from wire_protocol.messages import (
     Derivatives,
-    DownMessage,
     Round,
     Scalars,
     Snapshot,
@@ -60,26 +59,6 @@ AnyCoordinator = Coordinator | AsynchronousCoordinator
 _MIN_IDLE_S: Final = 0.001
 # Commits sent for one `ready`: the next round makes a device that still misses some ask again.
 _CATCH_UP_COMMITS: Final = 256
-
-
-class Outbox(Protocol):
-    """Where a run's messages go."""
-
-    def broadcast(self, message: DownMessage) -> None:
-        """To every device."""
-        ...
-
-    def send(self, device: int, message: DownMessage) -> None:
-        """To one device, by index."""
-        ...
-
-    def send_frame(self, device: int, frame: Frame) -> None:
-        """A tensor to one device, by index; the frame's epoch is filled in."""
-        ...
-
-    def offer_blob(self, data: bytes) -> str:
-        """Make a blob fetchable; returns its digest."""
-        ...
 
 
 class Run:
@@ -97,6 +76,7 @@ class Run:
         `spend` lets the time of a virtual clock pass that pieces of work take.
         """
         self.config, self.header, self.ledger = config, header, ledger
+        self.terms = Terms(config, header, manifest)
         self._history = history
         self._read_clock_s, self._spend = read_clock_s, spend
         self.finished: Finish | None = None
@@ -104,7 +84,6 @@ class Run:
             config, header, half, evaluator, client, server, ledger, notify, history
         )
         self.guards, self._bench = self.halves.guards, self.halves.bench
-        self._manifest = manifest
         self._outbox, self._notify = outbox, notify
         self._coordinator: AnyCoordinator | None = None
         # Closed and when; recorded once the next round is on its way.
@@ -145,25 +124,14 @@ class Run:
 
     def start(self, devices: list[int]) -> None:
         """Everybody is ready: score the initial weights, open the first round, or the next."""
-        method, rule = self.config.method, self.config.round
         self.halves.score_initial()
         if self._history is not None:
             self.finished = self.halves.catch_up(self._history)
             self._history = None
             if self.finished is not None:
                 return
-        rules = Rules(
-            run_seed=self.config.run.seed, rounds=self.config.run.rounds,
-            participants=self.config.participants, tau=method.tau, directions=self.directions,
-            quorum=rule.quorum, deadline_s=rule.deadline_s, rejoin_s=rule.rejoin_s,
-            stall_s=rule.stall_s, replicas=self.config.server.replicas,
-            tau_cap=method.tau_cap if method.tau_mode == "adaptive" else 0,
-            staleness_limit=rule.staleness_limit,
-            cut_gradient=method.feedback == "cut_gradient", pooled=method.server_batch == "pooled",
-            first_order=method.server_order == "first",
-        )  # fmt: skip
-        kind = AsynchronousCoordinator if self._asynchronous else Coordinator
-        self._coordinator = kind(rules, devices, self._read_clock_s())
+        kind = AsynchronousCoordinator if self.terms.asynchronous else Coordinator
+        self._coordinator = kind(self.terms.rules, devices, self._read_clock_s())
         self._perform(self._coordinator.start(self._read_clock_s(), self.rounds_closed))
 
     @property
@@ -171,37 +139,9 @@ class Run:
         """True when every round is closed."""
         return self.rounds_closed >= self.config.run.rounds
 
-    @property
-    def _asynchronous(self) -> bool:
-        return self.config.round.mode == "asynchronous"
-
-    @property
-    def directions(self) -> int:
-        """K that devices are asked for."""
-        return self.config.method.directions(self._manifest.parameters)
-
-    @property
-    def compressed_max_bytes(self) -> int:
-        """What a compressed frame of this run may grow to; 0 when none is agreed."""
-        if self.config.wire.compression == "none":
-            return 0
-        batch = self.config.devices.batch
-        elements = batch * math.prod(self._manifest.activation.shape) * max(1, self.directions)
-        return HEADER_BYTES + 4 * (elements + batch)
-
     def welcome(self, device: int, epoch: int, manifest_bytes: int) -> Welcome:
         """What a device must know of this run."""
-        config, method = self.config, self.config.method
-        return Welcome(
-            run=self.header.run, run_seed=config.run.seed, epoch=epoch, device=device,
-            manifest_sha256=self.header.manifest_sha256, manifest_bytes=manifest_bytes,
-            directions_sha256=directions_digest(config.run.seed), lam=method.lam,
-            batch=config.devices.batch, directions=self.directions, rounds=config.run.rounds,
-            encoding=config.wire.encoding, compression=config.wire.compression,
-            next_round=self.rounds_closed, feedback=method.feedback,
-            optimiser=method.client_optimiser, momentum=method.momentum, beta2=method.beta2,
-            asynchronous=self._asynchronous,
-        )  # fmt: skip
+        return self.terms.welcome(device, epoch, manifest_bytes, self.rounds_closed)
 
     def ready(self, device: int, next_round: int) -> None:
         """A device tells its round: send what it misses, then the open round."""
@@ -239,7 +179,7 @@ class Run:
         if coordinator is None:
             return
         now_s = self._read_clock_s()
-        check_frame(frame, self.config, self._manifest)
+        check_frame(frame, self.config, self.terms.manifest)
         self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:
             actions = coordinator.activation(device, frame.round, now_s)
@@ -259,8 +199,10 @@ class Run:
         scalars = np.frombuffer(answer.scalars, "<f4")
         if self.config.method.feedback != "cut_gradient":
             raise FrameFaultError("derivatives, and the run learns from loss differences")
-        if len(scalars) != self.directions:
-            raise FrameFaultError(f"{len(scalars)} derivatives, the run wants {self.directions}")
+        if len(scalars) != self.terms.directions:
+            raise FrameFaultError(
+                f"{len(scalars)} derivatives, the run wants {self.terms.directions}"
+            )
         row = scalars.tolist()
         if device in self._bench.gradients:  # otherwise it is not asked, or has answered
             row = self.guards.clip_client(device, row)
@@ -400,7 +342,7 @@ class Run:
         """Take gradients that are not finite as answered by scalars that are none either."""
         while self._unanswerable and self._coordinator is not None and self.finished is None:
             device, number = self._unanswerable.pop()
-            nothing = [math.nan] * self.directions
+            nothing = [math.nan] * self.terms.directions
             now_s = self._read_clock_s()
             self._perform(self._coordinator.derivatives(device, number, nothing, now_s))
 
