@@ -146,6 +146,7 @@ def wheelhouse(profile_name: str, system: str | None, out: Path, output: str) ->
         from firmware_profiles.provision.wheelhouse import build_wheelhouse
 
         profile = load_profile(profile_name)
+        say(f"{out}: what it lacks is downloaded, 40 MB at the first time")
         built = build_wheelhouse(profile, named_image(profile, system), out)
     facts = {
         "folder": str(built.folder), "wheels": built.wheels, "size_bytes": built.size_bytes,
