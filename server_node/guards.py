@@ -30,10 +30,13 @@ _SMALLER: Final = 0.5
 _LARGER: Final = 1.25
 # A rise of the loss by this part is float32 noise, or too small to matter.
 _TOLERATED_RISE: Final = 1e-4
+# The same on fresh activations, where good steps too end a little higher now and then: with 1e-4
+# safe runs are slowed, with 2e-2 steps that are too large get through (docs/findings.md).
+_TOLERATED_FRESH_RISE: Final = 5e-3
 # Small pools can have a loss near 0 by luck; above this part of the first loss nobody is judged.
 _FLOOR: Final = 0.1
 # Of all devices; journaled when they are not 1.
-_FACTORS: Final = ("backtrack_server", "backtrack_client", "client_factor")
+_FACTORS: Final = ("backtrack_server", "backtrack_client", "client_factor", "server_factor")
 _ALL: Final = -1  # in a record: of no device in particular
 
 
@@ -44,6 +47,7 @@ class Intervened(NamedTuple):
     clipped: int  # scalars cut down, both halves
     fraction_server: float
     fraction_client: float
+    factor_server: float  # on eta_s
     factor_client: float  # on eta_c
     pooled_loss: float | None  # before the round's steps, mean over its devices
 
@@ -66,6 +70,7 @@ class Guards:
         self.totals: Counter[str] = Counter()
         self.curvature: float | None = None  # largest trace measured of the server half's Hessian
         self.client_factor = 1.0  # on eta_c, since the pooled loss has jumped
+        self.server_factor = 1.0  # on eta_s, since a round's step did harm on fresh activations
         self.harmful = False  # a guard intervened in the last round
         self._factors: dict[int, float] = {}  # of server steps, by device; 1 when absent
         self._open: dict[int, _Open] = {}
@@ -151,6 +156,16 @@ class Guards:
         jumped = known and not loss <= self._rules.diverged_factor * median(self._losses)
         return min(1.0, self.client_factor * (_SMALLER if jumped else _LARGER))
 
+    def adapt_server(self, after: float, before: float) -> float:
+        """The factor on eta_s from the next round on.
+
+        Mean losses of the round's activations, which no step has seen yet: at the round's server
+        weights, and at those one round earlier. A device's own batch does not tell how far apart
+        the devices' copies drift, nor what they learn by heart.
+        """
+        worse = not after <= before + _TOLERATED_FRESH_RISE * abs(before)
+        return min(1.0, self.server_factor * (_SMALLER if worse else _LARGER))
+
     def report(
         self, number: int, devices: Sequence[int], for_all: dict[str, float]
     ) -> list[Guarded]:
@@ -190,6 +205,8 @@ class Guards:
             counts[name] += (_ALL, name) in value
         traces = [self.curvature, value.get((_ALL, "curvature_server"))]
         self.curvature = max((trace for trace in traces if trace is not None), default=None)
+        used, self.server_factor = self.server_factor, value.get((_ALL, "server_factor"), 1.0)
+        counts["server_factor"] += used < 1.0
         factor = value.get((_ALL, "client_factor"), 1.0)
         counts["client_factor"] += factor < 1.0
         self.client_factor = factor
@@ -207,7 +224,7 @@ class Guards:
             counts["reject"], counts["clip_server"] + counts["clip_client"],
             value.get((_ALL, "backtrack_server"), 1.0) if not counts["not_finite_server"] else 0.0,
             value.get((_ALL, "backtrack_client"), 1.0) if not counts["not_finite_client"] else 0.0,
-            factor, loss,
+            used, factor, loss,
         )  # fmt: skip
 
     # -- questions ---------------------------------------------------------------------------

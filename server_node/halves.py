@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server_node.actions import CloseRound, Finish, Outcome
-from server_node.backtracking import settle, stepped_server
+from server_node.backtracking import Searches, settle, stepped_server
 from server_node.checkpoint import Checkpoint
 from server_node.config import Config
 from server_node.curvature import trace_of_hessian, warning
@@ -56,6 +56,7 @@ class Halves:
         self.server = server.copy() if history is None else history.server
         self.scores: Scores | None = None
         closed = history.past.rounds if history is not None else []
+        self._last = closed[-1] if closed else None
         self.rounds_closed, self.contributions = len(closed), sum(len(r.shares) for r in closed)
         self._commits: list[Commit] = history.commits if history is not None else []
         self._commit_bytes = [len(encode(commit)) for commit in self._commits]
@@ -98,7 +99,8 @@ class Halves:
 
     def start_round(self, version: int, number: int) -> None:
         """Round `number` begins, on the directions of round `version`."""
-        self._half.start_round(version, self._config.method.eta_s * self._factor(number))
+        eta_s = self._config.method.eta_s * self._factor(number) * self.guards.server_factor
+        self._half.start_round(version, eta_s)
 
     def missed_commits(self, next_round: int) -> list[Commit] | None:
         """What a device lacks that waits for `next_round`; None when a snapshot is cheaper.
@@ -118,16 +120,23 @@ class Halves:
         self._ledger.used(closed.round, self.bench.frames_of(closed))
         devices = [share.device for share in record.shares]
         client_factor = self.guards.adapt_client(devices)
-        record = msgspec.structs.replace(record, eta_c=record.eta_c * client_factor)
+        record = msgspec.structs.replace(
+            record, eta_c=record.eta_c * client_factor,
+            eta_s=record.eta_s * self.guards.server_factor,
+        )  # fmt: skip
+        searches = self.bench.searches(record)
+        server_factor = self._server_factor(searches, devices)
         record, self.server, self._client, found = settle(
             record, self._header, self._after, self.server, self._client, self._generator,
-            self.bench.searches(record),
+            searches,
         )  # fmt: skip
+        self._last = record
         if isinstance(self._half, FirstHalf):
             self._half.commit(record.eta_g * server_weight(record))
         else:
             self._half.load(self.server)
-        found |= {"client_factor": client_factor, **self.guards.losses(devices)}
+        found |= {"client_factor": client_factor, "server_factor": server_factor}
+        found |= self.guards.losses(devices)
         # Curvature grows fastest in the first rounds: 0, 1, 2, 4, 8, ..
         due = not closed.round & (closed.round - 1) or self._due(closed.round)
         if devices and due and isinstance(self._half, ServerHalf):
@@ -165,6 +174,21 @@ class Halves:
         if isinstance(self._half, FirstHalf):
             return self._half.after(record.eta_g * server_weight(record))
         return stepped_server(record, self._header, self.server, self._generator)
+
+    def _server_factor(self, searches: Searches, devices: list[int]) -> float:
+        """Judge the last round's server step by this round's activations: zeroth order, barrier.
+
+        The weights before that step are those now less the step, which its record tells: so a run
+        that was stopped judges alike.
+        """
+        last, asynchronous = self._last, self._config.round.mode == "asynchronous"
+        if searches.server is None or last is None or not devices or asynchronous:
+            return self.guards.server_factor
+        if isinstance(self._half, FirstHalf):
+            return 1.0
+        back = msgspec.structs.replace(last, eta_s=-last.eta_s)
+        before = stepped_server(back, self._header, self.server, self._generator)
+        return self.guards.adapt_server(searches.server(self.server), searches.server(before))
 
     def _curvature(self, half: ServerHalf, devices: list[int]) -> float:
         """Measure the server half's curvature at its base; warn once of a step too long."""

@@ -209,7 +209,8 @@ class Ledger:
             measured_energy_j=energy.measured, modelled_energy_j=energy.modelled,
             pooled_loss=guarded.pooled_loss, guard_rejected=guarded.rejected,
             guard_clipped=guarded.clipped, fraction_server=guarded.fraction_server,
-            fraction_client=guarded.fraction_client, factor_client=guarded.factor_client,
+            fraction_client=guarded.fraction_client, factor_server=guarded.factor_server,
+            factor_client=guarded.factor_client,
             simulated_s=closed_s if self._trace is None else None,
         )  # fmt: skip
         self._mark = (self.server_steps, self.busy_s, self.busy_waiting_s)

@@ -48,6 +48,7 @@ class RoundMetrics:
     guard_clipped: int | None
     fraction_server: float | None
     fraction_client: float | None
+    factor_server: float | None
     factor_client: float | None
     simulated_s: float | None = None  # by the virtual clock since the run began; None: a real run
 

@@ -167,7 +167,7 @@ def _guarded(guards: Guards) -> dict[str, int]:
     return {
         "guard_rejected": totals["reject"],
         "guard_clipped": totals["clip_server"] + totals["clip_client"],
-        "guard_rounds_server": totals["backtrack_server"],
+        "guard_rounds_server": totals["backtrack_server"] + totals["server_factor"],
         "guard_rounds_client": totals["backtrack_client"] + totals["client_factor"],
         "guard_rounds_not_finite": totals["not_finite_server"] + totals["not_finite_client"],
     }

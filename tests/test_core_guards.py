@@ -279,6 +279,29 @@ def test_the_client_step_halves_after_a_jump_of_the_loss_and_recovers():
     assert guards.totals["client_factor"] == 7
 
 
+def test_the_server_step_halves_after_harm_on_fresh_activations_and_recovers():
+    guards = Guards(GuardsSection(backtrack_server=True))
+    seen = []
+    # Losses at the round's weights against those before: a rise of 0.4 % passes, nan never.
+    for number, loss in enumerate((2.0, math.nan, 1.004, 0.5, 1.0, 1.0, 1.0, 1.0)):
+        factor = guards.adapt_server(loss, 1.0)
+        guards.closed(closed(number), guards.report(number, [0], {"server_factor": factor}))
+        seen.append(factor)
+    assert seen == [0.5, 0.25, 0.3125, 0.390625, 0.48828125, 0.6103515625, 0.762939453125,
+                    0.95367431640625]  # fmt: skip
+    assert guards.totals["server_factor"] == 7  # the first step was a whole one
+
+
+def test_a_server_step_that_does_harm_on_fresh_activations_makes_the_next_smaller(guarded):
+    _, folder, run = guarded
+    factors = [row["factor_server"] for row in rows(folder)]
+    told = {r.round: r.value for r in records(folder, Guarded) if r.guard == "server_factor"}
+    assert factors == [1.0, *(told.get(number, 1.0) for number in range(len(factors) - 1))]
+    assert min(factors) < 1
+    steps = [record.eta_s for record in records(folder, RoundClosed)]
+    assert steps == [run.config.method.eta_s * factor for factor in factors]
+
+
 # -- early ends
 
 
