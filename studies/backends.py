@@ -25,10 +25,11 @@ from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.manifest import sha256
 
 
-def compute(spec: Spec) -> Result:
-    """Run it. Raises MusplitError."""
+def compute(spec: Spec, work: Path) -> Result:
+    """Run it, in a folder below `work` that is gone afterwards. Raises MusplitError."""
     begin_s = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="musplit-study-") as folder:
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
         baseline = spec.kind.startswith(BASELINE)
         result = _baseline(spec, Path(folder)) if baseline else _musplit(spec.config, Path(folder))
     return msgspec.structs.replace(result, seconds=round(time.monotonic() - begin_s, 3))

@@ -70,6 +70,11 @@ def cell_path(folder: Path, digest: str) -> Path:
     return folder / "cells" / f"{digest}.json"
 
 
+def work_folder(folder: Path) -> Path:
+    """Where runs keep their files while they are computed; what is left there is rubbish."""
+    return folder / "work"
+
+
 def write_cell(folder: Path, spec: Spec, result: Result) -> None:
     """Write the file of a finished run, atomically."""
     stored = _Stored(spec.digest, spec, result, _sha256(msgspec.to_builtins(result)))

@@ -6,6 +6,7 @@ test runs of all rows.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from server_node.errors import ConfigError
 from server_node.files import claimed
-from studies.cells import Result, Spec, cell_path, read_cell
+from studies.cells import Result, Spec, cell_path, read_cell, work_folder
 from studies.definition import Fields, Setting
 from studies.errors import StudyError
 from studies.matrix import Matrix, Row
@@ -176,4 +177,7 @@ def _claimed(folder: Path) -> Iterator[None]:
             raise StudyError(
                 f"{folder}: another study runs in this folder; stop that one first"
             ) from error
+        # Workers are killed with the study: what they were at stays behind.
+        shutil.rmtree(work_folder(folder), ignore_errors=True)
+        stack.callback(shutil.rmtree, work_folder(folder), ignore_errors=True)
         yield

@@ -16,7 +16,7 @@ from typing import IO
 import msgspec
 
 from studies.backends import compute
-from studies.cells import Spec, write_cell
+from studies.cells import Spec, work_folder, write_cell
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.errors import MusplitError
 
@@ -41,8 +41,9 @@ def _read(stream: IO[bytes], tasks: queue.Queue[bytes]) -> None:
 
 
 def _compute(task: Task) -> Done:
+    folder = Path(task.folder)
     try:
-        write_cell(Path(task.folder), task.spec, compute(task.spec))
+        write_cell(folder, task.spec, compute(task.spec, work_folder(folder)))
     except MusplitError as error:
         return Done(" ".join(str(error).split()))
     except Exception as error:  # noqa: BLE001 - a run must not take the others with it

@@ -89,6 +89,7 @@ def study(tmp_path_factory):
             time.sleep(0.02)
         os.kill(runner.pid, signal.SIGKILL)
     time.sleep(1.0)  # its workers notice
+    (out / "work" / "left-behind").mkdir(parents=True, exist_ok=True)
     before = cells(out)
     victim = min(before)
     path = out / "cells" / victim
@@ -106,6 +107,7 @@ def test_what_was_finished_is_not_run_again_and_what_is_damaged_is(study):
     assert {name: after[name] for name in before} == before
     assert "1 damaged and run again" in done.stderr
     assert "finished before" in done.stderr
+    assert not (out / "work").exists()
     assert json.loads((out / "cells" / victim).read_text())["digest"] == victim[:-5]
 
 
