@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from studies.cells import Point
 from studies.definition import Figure as Wanted
+from studies.definition import StudyFile
 from studies.figures import by_seed, joules
 from studies.matrix import Matrix
 from studies.runner import Entry
@@ -117,30 +118,32 @@ def _curve(entry: Entry, measure: Measure) -> list[tuple[float, list[float]]]:
 def _figure(
     path: Path, title: str, wanted: Wanted, matrix: Matrix, entries: Sequence[Entry]
 ) -> Path:
-    """What the arms come to against a field of theirs: mean and extremes, a line a series."""
+    """What the arms of `each` come to against a field: mean and extremes, a line a series.
+
+    A cross at the bottom: what diverged before it was scored.
+    """
     study = matrix.study
     target = study.study.targets[0] if study.study.targets else 0.0
-    key = wanted.y if wanted.y == "accuracy" else f"{wanted.y}_to_{target:g}"
-    series: dict[str, list[tuple[float, list[float]]]] = {}
-    for entry in entries:
-        x = {**entry.row.fields, **entry.row.values}.get(wanted.x)
-        values = [figures[key] for figures in by_seed(entry, study).values()]
-        if not isinstance(x, int | float) or not values or None in values:
-            continue
-        name = _series(entry, wanted)
-        series.setdefault(name, []).append((float(x), [float(v) for v in values]))
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    scale = 100 if wanted.y == "accuracy" else 1
-    for name, points in series.items():
-        points.sort()
-        means = [scale * statistics.mean(values) for _, values in points]
+    series = _series_points(wanted, study, target, entries)
+    for number, (name, points) in enumerate(series.items()):
+        scored = sorted((x, values) for x, values in points if values)
+        means = [statistics.mean(values) for _, values in scored]
         spans = [
-            [mean - scale * min(values) for mean, (_, values) in zip(means, points, strict=True)],
-            [scale * max(values) - mean for mean, (_, values) in zip(means, points, strict=True)],
+            [mean - min(values) for mean, (_, values) in zip(means, scored, strict=True)],
+            [max(values) - mean for mean, (_, values) in zip(means, scored, strict=True)],
         ]
-        axes.errorbar([x for x, _ in points], means, yerr=spans, marker="o", capsize=3, label=name)
+        axes.errorbar(
+            [x for x, _ in scored], means, yerr=spans, marker="o", capsize=3, label=name,
+            color=f"C{number}",
+        )  # fmt: skip
+        lost = [x for x, values in points if not values]
+        axes.plot(
+            lost, [0.02] * len(lost), f"C{number}x", markersize=9,
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
     unit = "test accuracy (%)" if wanted.y == "accuracy" else f"{wanted.y} to {100 * target:g} %"
     axes.set(xlabel=wanted.x, ylabel=unit, title=f"{study.study.title}: {title}")
@@ -149,6 +152,26 @@ def _figure(
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _series_points(
+    wanted: Wanted, study: StudyFile, target: float, entries: Sequence[Entry]
+) -> dict[str, list[tuple[float, list[float]]]]:
+    """By series: x and a value a seed; none where a run diverged before it was scored."""
+    key = wanted.y if wanted.y == "accuracy" else f"{wanted.y}_to_{target:g}"
+    scale = 100 if wanted.y == "accuracy" else 1
+    series: dict[str, list[tuple[float, list[float]]]] = {}
+    for entry in entries:
+        x = entry.row.values.get(wanted.x)
+        if not isinstance(x, int | float) or not entry.results:
+            continue
+        values = [figures[key] for figures in by_seed(entry, study).values()]
+        found = [scale * float(value) for value in values if value is not None]
+        unscored = any(not result.points for result in entry.results.values())
+        if len(found) == len(values) or unscored:
+            name = _series(entry, wanted)
+            series.setdefault(name, []).append((float(x), [] if unscored else found))
+    return series
 
 
 def _cuts(path: Path, title: str, wanted: Wanted, matrix: Matrix, entries: Sequence[Entry]) -> Path:
