@@ -41,7 +41,7 @@ def test_a_commit_that_is_cut_short(mode, written, tmp_path, monkeypatch):
         InProcessFleet(prepare(config, tmp_path)).run(enough=seen)
     run = runs[0]
     run.stop()
-    answer = bytes(4 * run.directions)  # devices' answers go on coming
+    answer = bytes(4 * run.terms.directions)  # devices' answers go on coming
     for device in range(config.devices.count):
         for number in range(6):
             run.derivatives(device, Derivatives(run.header.run, 0, number, answer))

@@ -99,7 +99,7 @@ def test_partial_participation_weighs_by_the_contributions_of_the_round(experime
 def test_frozen_run_leaves_the_client_half_alone_and_asks_for_no_directions(experiment, tmp_path):
     run = play(experiment, tmp_path / "run", frozen=True)
     initial = experiment.client.initial_parameters()
-    assert run.directions == 0
+    assert run.terms.directions == 0
     assert run.client.tobytes() == initial.tobytes()
     assert not np.array_equal(run.server, experiment.server_weights)
     assert all(share.client_scalars == b"" for r in rounds_of(run) for share in r.shares)

@@ -103,7 +103,7 @@ def test_a_run_replays_and_leaves_the_frozen_alone(perturb: str, tmp_path: Path)
 def test_a_device_that_trains_nothing(tmp_path: Path) -> None:
     config = tiny_config('model.perturb=["none"]')
     experiment, run = run_of(config, tmp_path)
-    assert run.directions == 0
+    assert run.terms.directions == 0
     assert run.welcome(0, 0, 1).directions == 0
     assert run.client.shape == (0,)
     result = replay(tmp_path, tmp_path)
