@@ -182,10 +182,9 @@ class Halves:
         that was stopped judges alike.
         """
         last, asynchronous = self._last, self._config.round.mode == "asynchronous"
-        if searches.server is None or last is None or not devices or asynchronous:
+        judged = not (asynchronous or isinstance(self._half, FirstHalf))
+        if searches.server is None or last is None or not devices or not judged:
             return self.guards.server_factor
-        if isinstance(self._half, FirstHalf):
-            return 1.0
         back = msgspec.structs.replace(last, eta_s=-last.eta_s)
         before = stepped_server(back, self._header, self.server, self._generator)
         return self.guards.adapt_server(searches.server(self.server), searches.server(before))
