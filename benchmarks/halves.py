@@ -81,8 +81,8 @@ def constant_graph(bundle: Bundle) -> bytes:
     plain = helper.make_model(graph, opset_imports=list(model.opset_import))
     plain.functions.extend(model.functions)
     plain.ir_version = model.ir_version
-    data: bytes = plain.SerializeToString()
-    return data
+    serialised: bytes = plain.SerializeToString()
+    return serialised
 
 
 def _constant_session(

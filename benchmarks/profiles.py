@@ -98,7 +98,7 @@ def compare_cuts(first: Emulated, second: Emulated) -> float:
         f"  this machine alone {wanted:.3f}; emulated: median {statistics.median(changes):.3f}, "
         f"from {min(changes):.3f} to {max(changes):.3f}"
     )
-    return max(abs(change / wanted - 1.0) for change in changes)
+    return max(float(abs(change / wanted - 1.0)) for change in changes)
 
 
 def calibrated(
@@ -115,7 +115,7 @@ def calibrated(
     emulated = run(
         folder / "calibrated", fleet_text([str(mine)] * 2, slow_motion), CUTS[1], rounds, 2
     )
-    found_s = statistics.median(row["step_s_median"] for row in emulated.rows)
+    found_s = float(statistics.median(row["step_s_median"] for row in emulated.rows))
     print(f"  {1e3 * step_s:.2f} ms in the profile, {1e3 * found_s:.2f} ms emulated")
     return abs(found_s / step_s - 1.0)
 

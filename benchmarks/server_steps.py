@@ -20,9 +20,9 @@ from torch import nn
 from benchmarks.rows import Row, in_turns, ratio_row
 from export.cuts import cut_model
 from export.models import build_model
-from server_node.config import ServerSection
 from server_node.half import ServerHalf
 from server_node.machine import fix_arithmetic
+from server_node.sections import ServerSection
 from server_node.torch_half import Turn
 
 BATCH: Final = 32

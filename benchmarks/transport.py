@@ -22,10 +22,11 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Final
+from typing import Any, Final
 from unittest import mock
 
 import numpy as np
@@ -64,6 +65,10 @@ def pair(encoding: Encoding, *, relu: bool = False) -> list[Frame]:
     return [first, first._replace(kind=FrameKind.DIFFERENCES, tensor=d, labels=_NO_LABELS)]
 
 
+def _each(work: Callable[[Any], object], items: Sequence[object]) -> list[object]:
+    return [work(item) for item in items]
+
+
 def measure_frames(repetitions: int) -> list[Row]:
     """Encode and decode a pair in every encoding; checksums apart."""
     tensors = [frame.tensor for frame in pair("float32")]
@@ -74,7 +79,7 @@ def measure_frames(repetitions: int) -> list[Row]:
             np.copyto(target, source)
 
     works: dict[str, Callable[[], object]] = {
-        "memcpy": copy, "checksum": lambda: [zlib.crc32(tensor) for tensor in tensors],
+        "memcpy": copy, "checksum": lambda: [zlib.crc32(tensor.data) for tensor in tensors],
     }  # fmt: skip
     sizes: dict[str, int] = {}
     checksum = {"checksum": works.pop("checksum")}
@@ -84,8 +89,8 @@ def measure_frames(repetitions: int) -> list[Row]:
             both = pair(encoding)
             sent = [encode_frame(frame) for frame in both]
             sizes[encoding] = sum(map(len, sent))
-            works[f"encode {encoding}"] = lambda both=both: [encode_frame(f) for f in both]
-            works[f"decode {encoding}"] = lambda sent=sent: [decode_frame(part) for part in sent]
+            works[f"encode {encoding}"] = partial(_each, encode_frame, both)
+            works[f"decode {encoding}"] = partial(_each, decode_frame, sent)
         seconds = in_turns(works, repetitions)
     seconds |= in_turns(checksum, repetitions)
     rows = []
@@ -213,15 +218,17 @@ def measure_round_trip(address: Address, repetitions: int) -> list[Row]:
         links[0].publish("link/b", payload)
         event = links[1].next_event(5.0)
         assert isinstance(event, Received)
-        links[1].publish("link/a", event.payload)
+        links[1].publish("link/a", bytes(event.payload))
         assert links[0].next_event(5.0)
 
     raw_s, link_s = [], []
     for _ in range(repetitions):
         raw_s.append(_median_s(raw_trip))
         link_s.append(_median_s(link_trip))
-    for client in (*raws, *links):
-        client.close()
+    for raw in raws:
+        raw.close()
+    for link in links:
+        link.close()
     name = "round trip of 100 bytes at QoS 1, over two hand-written sockets"
     return [ratio_row(name, 3.0, link_s, raw_s, {"link_s": link_s, "raw_s": raw_s})]
 

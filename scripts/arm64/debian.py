@@ -65,7 +65,7 @@ class Archive:
             if name in found:
                 continue
             found[name] = package = self._packages[name]
-            waiting += [name for need in package.needs if (name := self._choice(need, found))]
+            waiting += [need for n in package.needs if (need := self._choice(n, found))]
         return list(found.values())
 
     def unpack(self, packages: Iterable[Package], folder: Path, only: str = "") -> None:
