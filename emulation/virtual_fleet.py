@@ -21,33 +21,22 @@ from edge_client.shard import Shard
 from edge_client.trainer import Shared, Trainer
 from emulation.clock import EventQueue
 from emulation.delays import Delays, Presence
-from emulation.traffic import CountedTraffic, publish_bytes
+from emulation.virtual_links import VirtualLinks
 from server_node.actions import Measure, Work
 from server_node.errors import FrameFaultError
 from server_node.prepare import Experiment, open_run
 from server_node.run import Run
 from wire_protocol.directions import DirectionGenerator
-from wire_protocol.energy import NoEnergy
 from wire_protocol.frames import Frame, FrameKind, decode_frame, encode_frame
 from wire_protocol.manifest import sha256
 from wire_protocol.messages import (
-    CHUNK_BYTES,
     Commit,
     Derivatives,
     DownMessage,
-    Join,
-    Ready,
-    Report,
     Round,
     Scalars,
-    Snapshot,
-    UpMessage,
-    encode,
 )
-from wire_protocol.topics import PROTOCOL_VERSION, Topics
 
-# Of a chunk beside its data: envelope, digest, index.
-_CHUNK_EXTRA_BYTES: Final = 120
 # A bound that is met to the last bit may not be seen to be met: differences of times are rounded.
 _LATER_S: Final = 1e-6
 
@@ -89,7 +78,6 @@ class VirtualFleet:
         # Asynchronous and in parallel: a contribution's server steps put off its commit alone.
         lane = self._together and self._asynchronous
         self._lane_s = config.method.tau * delays.server_step_s if lane else 0.0
-        self._topics = Topics(config.run.fleet)
         self._queue = EventQueue()
         self._names = [f"device-{index:03d}" for index in range(len(boards.shards))]
         self._here = [True] * len(self._names)
@@ -100,25 +88,21 @@ class VirtualFleet:
         self._useless_s = [0.0] * len(self._names)
         self._working: set[int] = set()
         self._group: dict[int, int] = {}  # first k of a group of differences -> directions in it
-        self._links_free_s: dict[int, float] = {}
-        self._broadcast = (0.0, 0)  # when, and how many bytes then
         self._generator = DirectionGenerator()
         self._trainers: dict[int, Trainer] = {}  # of devices that compute, at their weights
         self.client_forwards = 0
-        self.traffic = CountedTraffic()
         self.run = run = open_run(
             experiment, frozen=frozen, devices=list(enumerate(self._names)), outbox=self,
             notify=notify, read_clock_s=self._queue.read_s, spend=self._spend,
         )  # fmt: skip
-        run.ledger.traffic = self.traffic
+        self._links = links = VirtualLinks(
+            config.run.fleet, self._names, run.header.run, delays, self._queue.read_s
+        )
+        run.ledger.traffic = links.traffic
         self._manifest_bytes = len(experiment.client.manifest_data)
-        self._report_bytes = publish_bytes(
-            self._topics.control(self._names[0]), len(encode(_typical_report(run.header.run)))
-        )
-        self._ready_bytes = publish_bytes(
-            self._topics.control(self._names[0]), len(encode(Ready(run.header.run, 0, 0)))
-        )
-        self._gather(0 if frozen else sum(map(len, experiment.client.blobs)))
+        for device in range(len(self._names)):
+            self._handshake(device)
+        links.bring_bundle(0 if frozen else sum(map(len, experiment.client.blobs)))
 
     @property
     def now_s(self) -> float:
@@ -156,11 +140,7 @@ class VirtualFleet:
 
     def broadcast(self, message: DownMessage) -> None:
         """Commits end what devices compute; a round is computed by its participants."""
-        size_bytes = publish_bytes(self._topics.broadcast, len(encode(message)))
-        self.traffic.received(size_bytes, self._here_count)
-        now_s = self._queue.read_s()
-        at_s, earlier_bytes = self._broadcast
-        self._broadcast = (now_s, size_bytes + (earlier_bytes if at_s == now_s else 0))
+        self._links.broadcast(message, self._here_count)
         if isinstance(message, Commit):
             self._committed()
         elif isinstance(message, Round):
@@ -171,41 +151,25 @@ class VirtualFleet:
         """A reply needs no answer here; what a device has missed takes its time on the link."""
         if not self._here[device]:
             return
-        size_bytes = publish_bytes(self._topics.down(self._names[device]), len(encode(message)))
-        self.traffic.received(size_bytes)
-        if isinstance(message, Snapshot):
-            chunks = -(-message.size_bytes // CHUNK_BYTES)
-            size_bytes += message.size_bytes + chunks * _CHUNK_EXTRA_BYTES
-            self.traffic.received(_CHUNK_EXTRA_BYTES, chunks)
-            self.traffic.down += message.size_bytes
-        arrives_s = self._bring(device, size_bytes)
+        arrives_s = self._links.send(device, message)
         if isinstance(message, Round) and (self._asynchronous or device not in self._working):
             if device in self._working:  # dropped: what it computes is of no use
                 self._stop(device)
             self._ask(device, message.round)
         elif isinstance(message, Scalars) and self._asynchronous:
             self._working.discard(device)
-            said_s = arrives_s + self._delays.up_s(device, self._ready_bytes)
-            self._queue.at(said_s, partial(self._ready, device, self._attempts[device]))
+            heard_s = self._links.ready_arrives_s(device, arrives_s)
+            self._queue.at(heard_s, partial(self._ready, device, self._attempts[device]))
 
     def send_frame(self, device: int, frame: Frame) -> None:
         """A cut gradient: the device answers it for each of its directions."""
         if not self._here[device]:
             return
         payload = encode_frame(frame, compressed=self.run.config.wire.compression == "zstd")
-        size_bytes = publish_bytes(self._topics.down(self._names[device]), len(payload))
-        self.traffic.received(size_bytes)
-        arrives_s = self._bring(device, size_bytes)
+        arrives_s = self._links.send_frame(device, payload)
         gradient = decode_frame(payload, self.run.terms.compressed_max_bytes)
         answer = partial(self._answer, device, gradient, self._attempts[device])
         self._queue.at(arrives_s, answer)
-
-    def _bring(self, device: int, size_bytes: int) -> float:
-        """When a message that is sent now has crossed a device's link."""
-        free_s = max(self._queue.read_s(), self._links_free_s.get(device, 0.0))
-        arrives_s = free_s + self._delays.down_s(device, size_bytes)
-        self._links_free_s[device] = arrives_s - self._delays.latency_s
-        return arrives_s
 
     def offer_blob(self, data: bytes) -> str:
         """A snapshot that a device will fetch."""
@@ -217,10 +181,7 @@ class VirtualFleet:
         """A device learns of a round as soon as its link has brought everything up to that."""
         if not self._here[device]:
             return
-        at_s, broadcast_bytes = self._broadcast
-        now_s = self._queue.read_s()
-        down_s = self._delays.down_s(device, broadcast_bytes if at_s == now_s else 0)
-        arrives_s = max(now_s, self._links_free_s.get(device, 0.0)) + down_s
+        arrives_s = self._links.broadcast_arrives_s(device)
         self._attempts[device] += 1
         self._working.add(device)
         # Computed later, on the weights of now.
@@ -254,7 +215,6 @@ class VirtualFleet:
         return trainer
 
     def _compute(self, device: int) -> list[_Part]:
-        topic = self._topics.frame(self._names[device])
         parts: list[_Part] = []
         for payload in self._trainers[device].steps(epoch=0):
             if payload is None:
@@ -264,14 +224,14 @@ class VirtualFleet:
             if frame.kind is FrameKind.DIFFERENCES:
                 self._group[frame.first_k] = len(frame.tensor)
                 forwards += 2 * (frame.first_k + len(frame.tensor))
-            parts.append(_Part(frame, publish_bytes(topic, len(payload)), forwards))
+            parts.append(_Part(frame, self._links.frame_bytes(device, payload), forwards))
         self.client_forwards += parts[-1].forwards
         return parts
 
     def _arrive(self, device: int, part: _Part, attempt: int, sent_s: float) -> None:
         if attempt != self._attempts[device] and sent_s >= self._useless_s[device]:
             return  # it was never sent
-        self.traffic.sent(part.size_bytes)
+        self._links.traffic.sent(part.size_bytes)
         try:
             self.run.frame(device, part.frame)
         except FrameFaultError:  # a device that is refused ends
@@ -289,14 +249,14 @@ class VirtualFleet:
         number = gradient.round
         begin_s, spent = self._queue.read_s(), partial(self._delays.for_forwards, device, number)
         ready_s = begin_s + spent(1 + forwards) - spent(1)
-        size_bytes = publish_bytes(self._topics.control(self._names[device]), len(encode(answer)))
+        size_bytes = self._links.control_bytes(device, answer)
         arrives_s = ready_s + self._delays.up_s(device, size_bytes)
         self._queue.at(arrives_s, partial(self._told, device, answer, size_bytes, attempt))
 
     def _told(self, device: int, answer: Derivatives, size_bytes: int, attempt: int) -> None:
         if attempt != self._attempts[device]:
             return
-        self.traffic.sent(size_bytes)
+        self._links.traffic.sent(size_bytes)
         try:
             self.run.derivatives(device, answer)
         except FrameFaultError:  # a device that is refused ends
@@ -306,11 +266,11 @@ class VirtualFleet:
     def _ready(self, device: int, attempt: int) -> None:
         """Asynchronous: a device that has its commit asks for other work."""
         if attempt == self._attempts[device] and self._here[device]:
-            self.traffic.sent(self._ready_bytes)
+            self._links.count_ready()
             self.run.ready(device, self.run.rounds_closed)
 
     def _committed(self) -> None:
-        self.traffic.sent(self._report_bytes, self._here_count)
+        self._links.count_reports(self._here_count)
         if self._asynchronous:  # what others compute goes on
             return
         for device in self._working:
@@ -348,23 +308,9 @@ class VirtualFleet:
         here_s = self._presence.spell_s(device, spell + 1)
         self._queue.at(self._queue.read_s() + here_s, partial(self._leave, device, spell + 1))
 
-    def _gather(self, bundle_bytes: int) -> None:
-        for device in range(len(self._names)):
-            self._handshake(device)
-        chunks = -(-bundle_bytes // CHUNK_BYTES)
-        self.traffic.bundle_down = len(self._names) * (bundle_bytes + chunks * _CHUNK_EXTRA_BYTES)
-
     def _handshake(self, device: int) -> None:
-        """Join, welcome, ready."""
-        samples = self._boards.shards[device].samples
-        said: list[UpMessage] = [
-            Join(0, PROTOCOL_VERSION, "", device, samples), Ready(self.run.header.run, 0, 0),
-        ]  # fmt: skip
-        topic = self._topics.control(self._names[device])
-        for message in said:
-            self.traffic.sent(publish_bytes(topic, len(encode(message))))
-        size_bytes = len(encode(self.run.welcome(device, 0, self._manifest_bytes)))
-        self.traffic.received(publish_bytes(self._topics.down(self._names[device]), size_bytes))
+        welcome = self.run.welcome(device, 0, self._manifest_bytes)
+        self._links.handshake(device, self._boards.shards[device].samples, welcome)
 
     # -- the server's time -------------------------------------------------------------------
 
@@ -378,13 +324,3 @@ class VirtualFleet:
         if isinstance(piece, Measure):
             return self._delays.server_measure_s * self._group[piece.first_k]
         return self._delays.server_step_s
-
-
-def _typical_report(run: int) -> Report:
-    """As large as most are: its times take nine bytes each, whatever they say."""
-    return Report(
-        run=run, epoch=1 << 40, round=1 << 10, started_unix_s=0.5, perturb_s=0.5, forward_s=0.5,
-        encode_s=0.5, wait_s=0.5, replay_s=0.5, bytes_up=1 << 20, bytes_down=1 << 20,
-        bundle_bytes_up=1 << 10, bundle_bytes_down=1 << 17, rss_bytes=1 << 26,
-        peak_rss_bytes=1 << 26, energy=NoEnergy("virtual"),
-    )  # fmt: skip

@@ -18,16 +18,15 @@ from server_node.actions import (
     CloseRound,
     Finish,
     Ignore,
-    Measure,
     OpenRound,
     OpenShare,
     Remind,
     Reply,
     SendGradient,
-    Step,
     Work,
 )
 from server_node.asynchronous import AsynchronousCoordinator
+from server_node.computing import AnyCoordinator, Computing
 from server_node.config import Config
 from server_node.coordinator import Coordinator
 from server_node.errors import FrameFaultError
@@ -54,7 +53,6 @@ from wire_protocol.messages import (
 )
 
 Vector = NDArray[np.float32]
-AnyCoordinator = Coordinator | AsynchronousCoordinator
 
 _MIN_IDLE_S: Final = 0.001
 # Commits sent for one `ready`: the next round makes a device that still misses some ask again.
@@ -78,12 +76,15 @@ class Run:
         self.config, self.header, self.ledger = config, header, ledger
         self.terms = Terms(config, header, manifest)
         self._history = history
-        self._read_clock_s, self._spend = read_clock_s, spend
+        self._read_clock_s = read_clock_s
         self.finished: Finish | None = None
         self.halves = Halves(
             config, header, half, evaluator, client, server, ledger, notify, history
         )
         self.guards, self._bench = self.halves.guards, self.halves.bench
+        self._computing = Computing(
+            self.halves, ledger, config.server.min_step_s, read_clock_s, spend
+        )
         self._outbox, self._notify = outbox, notify
         self._coordinator: AnyCoordinator | None = None
         # Closed and when; recorded once the next round is on its way.
@@ -228,73 +229,21 @@ class Run:
     # -- work --------------------------------------------------------------------------------
 
     def work_together(self) -> bool:
-        """Compute a piece of every device that has one, in the time of the longest.
-
-        For a virtual clock: as if each device had a server of its own. False when there is none.
-        """
-        coordinator = self._coordinator
-        pieces = coordinator.all_work() if coordinator is not None else []
-        if not pieces or coordinator is None or self.finished or self._spend is None:
-            return False
-        waiting, number, begin_s = coordinator.waiting, coordinator.round, self._read_clock_s()
-        self._spend(pieces)
-        seconds = self._read_clock_s() - begin_s
-        self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
-        steps = [piece for piece in pieces if isinstance(piece, Step)]
-        actions: list[Action] = []
-        for group in _by_slots(steps):
-            actions += self._step(group, coordinator, begin_s)
-        for piece in pieces:
-            if isinstance(piece, Measure):
-                actions += self._measure(piece, coordinator)
-        self._perform(actions)
-        return True
+        """As `work`, a piece of every device that has one (Computing.together)."""
+        return self._work(self._computing.together)
 
     def work(self) -> bool:
         """Compute one piece of work, or a batch of steps; False when there is none."""
-        work = self._coordinator.next_work() if self._coordinator is not None else None
-        if work is None or self._coordinator is None or self.finished:
+        return self._work(self._computing.one)
+
+    def _work(self, compute: Callable[[AnyCoordinator], list[Action] | None]) -> bool:
+        if self._coordinator is None or self.finished:
             return False
-        waiting = self._coordinator.waiting
-        begin_s = self._read_clock_s()
-        number = self._coordinator.round
-        pieces: Sequence[Work]
-        if isinstance(work, Step):
-            pieces = steps = self._coordinator.batch(work)
-            if self._spend is not None:
-                self._spend(pieces)
-            actions = self._step(steps, self._coordinator, begin_s)
-        else:
-            pieces = [work]
-            if self._spend is not None:
-                self._spend(pieces)
-            actions = self._measure(work, self._coordinator)
-        seconds = self._read_clock_s() - begin_s
-        self.ledger.worked(pieces, number, begin_s, seconds, waiting=waiting)
+        actions = compute(self._coordinator)
+        if actions is None:
+            return False
         self._perform(actions)
         return True
-
-    def _step(self, steps: list[Step], coordinator: AnyCoordinator, begin_s: float) -> list[Action]:
-        if isinstance(coordinator, AsynchronousCoordinator) and not steps[0].step:
-            # Its directions are those of its version; the size is that of the commit it becomes.
-            version = coordinator.version(steps[0].device)
-            self.halves.start_round(version, coordinator.round)
-        rows = self._bench.step(
-            steps, coordinator.round, coordinator.pool, last=coordinator.is_last(steps[0])
-        )
-        pad_s = self.config.server.min_step_s - (self._read_clock_s() - begin_s)
-        if pad_s > 0 and self._spend is None:
-            time.sleep(pad_s)
-        coordinator.step_took(self._read_clock_s() - begin_s)
-        actions: list[Action] = []
-        for step, scalars in zip(steps, rows, strict=True):
-            # Only the last can close the round: those behind it are not complete.
-            actions += coordinator.stepped(step.device, scalars, self._read_clock_s())
-        return actions
-
-    def _measure(self, work: Measure, coordinator: AnyCoordinator) -> list[Action]:
-        scalars = self._bench.measure(work, coordinator.pool)
-        return coordinator.measured(work.device, work.first_k, scalars, self._read_clock_s())
 
     def _send_gradient(self, device: int, number: int) -> None:
         """Send, or send again, dL/dh at the stepped copy."""
@@ -382,14 +331,3 @@ class Run:
     def close(self, reason: str) -> None:
         """End the journal and close all files; in the middle of a commit as a kill would."""
         self.ledger.close(reason, self.halves.checkpoint())
-
-
-def _by_slots(steps: list[Step]) -> list[list[Step]]:
-    """The steps in as few groups as possible, none with two of a slot."""
-    groups: list[dict[int, Step]] = []
-    for step in steps:
-        free = next((group for group in groups if step.slot not in group), None)
-        if free is None:
-            groups.append(free := {})
-        free[step.slot] = step
-    return [list(group.values()) for group in groups]
