@@ -19,7 +19,6 @@ from server_node.actions import (
     Action,
     CloseRound,
     Contribution,
-    Finish,
     Ignore,
     Measure,
     OpenShare,
@@ -31,10 +30,8 @@ from server_node.actions import (
     Step,
     Work,
 )
-from server_node.attendance import Attendance
-from server_node.coordinator import BARREN_ROUNDS
+from server_node.coordination import BARREN, Coordination
 from server_node.progress import Progress
-from server_node.tau import TauController
 from wire_protocol.directions import participants as draw_participants
 
 
@@ -46,21 +43,15 @@ class _Share(Progress):
     opened_s: float
 
 
-class AsynchronousCoordinator:
-    """State of one run. `now_s` is any monotonic clock, the same in all calls."""
+class AsynchronousCoordinator(Coordination[_Share]):
+    """Every contribution closes a round of its own."""
 
     def __init__(self, rules: Rules, devices: list[int], now_s: float) -> None:
-        self._rules = rules
-        self._attendance = Attendance(devices, rules.rejoin_s)
+        super().__init__(rules, devices, now_s)
         self._waiting = set(devices)  # present, up to date, without open work
-        self._shares: dict[int, _Share] = {}
         self._queue: deque[int] = deque()  # devices whose frames are all here, in that order
         self._dropped: dict[int, str] = {}  # since the last commit
-        self._committed_s = self._progress_s = now_s
-        self._barren = 0
-        self.tau = TauController(rules.tau, rules.tau_cap)
-        self.round = -1
-        self.finished: Finish | None = None
+        self._committed_s = now_s
 
     # -- events ------------------------------------------------------------------------------
 
@@ -98,28 +89,6 @@ class AsynchronousCoordinator:
             self._waiting.discard(device)
         return self.tick(now_s)
 
-    def activation(self, device: int, round_number: int, now_s: float) -> list[Action]:
-        """A device's activation and labels are here."""
-        share = self._awaited(device, round_number)
-        if isinstance(share, Ignore):
-            return [share]
-        if share.activation:
-            return [Ignore(device, "duplicate")]
-        share.activation = True
-        return self._received(device, share, now_s)
-
-    def differences(
-        self, device: int, round_number: int, first_k: int, count: int, now_s: float
-    ) -> list[Action]:
-        """A group of a device's differences is here."""
-        share = self._awaited(device, round_number)
-        if isinstance(share, Ignore):
-            return [share]
-        why = share.take_group(first_k, count, self._rules.directions)
-        if why:
-            return [Ignore(device, why)]
-        return self._received(device, share, now_s)
-
     def derivatives(
         self, device: int, round_number: int, scalars: list[float], now_s: float
     ) -> list[Action]:
@@ -134,10 +103,6 @@ class AsynchronousCoordinator:
             return self._not_finite(device, now_s)
         share.client_scalars = dict(enumerate(scalars))
         return self._commit(device, share, now_s)
-
-    def step_took(self, seconds: float) -> None:
-        """The server step that is told of next took so long."""
-        self.tau.step_took(seconds)
 
     def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
         """A server step was computed: its K_s scalars."""
@@ -166,12 +131,7 @@ class AsynchronousCoordinator:
             if share is not None and not share.has_frames(self._rules):
                 self._drop(device, "left")
         if now_s - self._progress_s >= self._rules.stall_s:
-            missing = sorted(self._shares)
-            awaited = f"devices {missing}" if missing else "a device to come back"
-            return self._finish(
-                Outcome.STALLED,
-                f"commit {self.round} waited {self._rules.stall_s:.0f} s for {awaited}",
-            )
+            return self._stalled("commit", sorted(self._shares))
         return self._open_waiting(now_s)
 
     # -- questions ---------------------------------------------------------------------------
@@ -194,11 +154,6 @@ class AsynchronousCoordinator:
     def batch(self, first: Step) -> list[Step]:
         """One device at a time: the next one's copy starts where this one's commit ends."""
         return [first]
-
-    def is_last(self, step: Step) -> bool:
-        """True when a device has all its steps after this one; what is planned later adds some."""
-        planned = step.step > 0 or not self.tau.adaptive
-        return planned and step.step + 1 == self._shares[step.device].tau
 
     @property
     def pool(self) -> list[int]:
@@ -230,7 +185,7 @@ class AsynchronousCoordinator:
             return Ignore(device, "not asked")
         return share
 
-    def _received(self, device: int, share: _Share, now_s: float) -> list[Action]:
+    def _arrived(self, device: int, share: _Share, now_s: float) -> None:
         self._progress_s = now_s
         if self._in_line(share):
             self.tau.arrived(device, now_s - share.opened_s)
@@ -239,7 +194,6 @@ class AsynchronousCoordinator:
                 enough = max(self._rules.tau, len(working.server_scalars) + 1)
                 working.tau = min(working.tau, enough)
             self._queue.append(device)
-        return []
 
     def _computed(
         self, device: int, share: _Share, scalars: list[float], now_s: float
@@ -293,8 +247,8 @@ class AsynchronousCoordinator:
     def _not_finite(self, device: int, now_s: float) -> list[Action]:
         self._drop(device, "not finite")
         self._barren += 1
-        if self._barren >= BARREN_ROUNDS:
-            text = f"{BARREN_ROUNDS} contributions in a row had no finite scalar; use smaller steps"
+        if self._barren >= BARREN:
+            text = f"{BARREN} contributions in a row had no finite scalar; use smaller steps"
             return self._finish(Outcome.DIVERGED, text)
         return self._open_waiting(now_s)
 
@@ -317,10 +271,6 @@ class AsynchronousCoordinator:
             self._waiting.discard(device)
             self._shares[device] = _Share(tau=self._rules.tau, version=self.round, opened_s=now_s)
         return [OpenShare(device, self.round) for device in chosen]
-
-    def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
-        self.finished = Finish(outcome, detail)
-        return [self.finished]
 
     def _in_line(self, share: _Share) -> bool:
         """Whether its server steps can begin, or are under way."""

@@ -1,20 +1,18 @@
-"""The coordinator: a state machine without I/O and without a clock. Events in, actions out.
+"""The coordinator of the barrier mode.
 
 It decides who takes part in a round, what the server does with its time (tau steps for one device
 while others are awaited), and when the round closes. MQTT, an in-process fleet and the tests
-drive the same machine. It never sees tensors: frames are named by device and first k.
+drive the same machine.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
 
 from server_node.actions import (
     Action,
     CloseRound,
     Contribution,
-    Finish,
     Ignore,
     OpenRound,
     Outcome,
@@ -25,30 +23,20 @@ from server_node.actions import (
     Step,
     Work,
 )
-from server_node.attendance import Attendance
-from server_node.tau import TauController
+from server_node.coordination import BARREN, Coordination
 from server_node.work_queue import RoundShare, WorkQueue
 from wire_protocol.directions import participants as draw_participants
 
-# Rounds in a row without a single finite contribution before the run is called diverged.
-BARREN_ROUNDS: Final = 5
 
-
-class Coordinator:
-    """State of one run. `now_s` is any monotonic clock, the same in all calls."""
+class Coordinator(Coordination[RoundShare]):
+    """The barrier: a round closes when all, or the quorum at its deadline, are in."""
 
     def __init__(self, rules: Rules, devices: list[int], now_s: float) -> None:
-        self._rules = rules
-        self._attendance = Attendance(devices, rules.rejoin_s)
-        self._shares: dict[int, RoundShare] = {}
+        super().__init__(rules, devices, now_s)
         self._awaiting: set[int] = set()  # participants that have not delivered all their frames
         self._work = WorkQueue(rules, self._shares)
-        self._opened_s = self._progress_s = self._deadline_from_s = now_s
+        self._opened_s = self._deadline_from_s = now_s
         self._deadline_over = False
-        self._barren = 0
-        self.tau = TauController(rules.tau, rules.tau_cap)
-        self.round = -1
-        self.finished: Finish | None = None
 
     # -- events ------------------------------------------------------------------------------
 
@@ -76,30 +64,6 @@ class Coordinator:
         self._attendance.left(device, now_s)
         return self.tick(now_s)
 
-    def activation(self, device: int, round_number: int, now_s: float) -> list[Action]:
-        """A device's activation and labels are here."""
-        share = self._awaited(device, round_number)
-        if isinstance(share, Ignore):
-            return [share]
-        if share.activation:
-            return [Ignore(device, "duplicate")]
-        share.activation = True
-        self._arrived(device, share, now_s)
-        return []
-
-    def differences(
-        self, device: int, round_number: int, first_k: int, count: int, now_s: float
-    ) -> list[Action]:
-        """A group of a device's differences is here."""
-        share = self._awaited(device, round_number)
-        if isinstance(share, Ignore):
-            return [share]
-        why = share.take_group(first_k, count, self._rules.directions)
-        if why:
-            return [Ignore(device, why)]
-        self._arrived(device, share, now_s)
-        return []
-
     def derivatives(
         self, device: int, round_number: int, scalars: list[float], now_s: float
     ) -> list[Action]:
@@ -118,10 +82,6 @@ class Coordinator:
         share.client_scalars = dict(enumerate(scalars))
         self._awaiting.discard(device)
         return [*self._completed(device, share), *self._close_if_complete(now_s)]
-
-    def step_took(self, seconds: float) -> None:
-        """The server steps that are told of next took so long, computed at once."""
-        self.tau.step_took(seconds)
 
     def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
         """A server step was computed: its K_s scalars, or in first order its loss."""
@@ -167,11 +127,7 @@ class Coordinator:
                         self._drop(device, "deadline")
         if now_s - self._progress_s >= self._rules.stall_s:
             missing = [device for device, share in self._live() if not share.complete]
-            awaited = f"devices {missing}" if missing else "a device to come back"
-            return self._finish(
-                Outcome.STALLED,
-                f"round {self.round} waited {self._rules.stall_s:.0f} s for {awaited}",
-            )
+            return self._stalled("round", missing)
         return self._close_if_complete(now_s)
 
     # -- questions ---------------------------------------------------------------------------
@@ -196,11 +152,6 @@ class Coordinator:
         if self._rules.deadline_s and self._shares and not self._deadline_over:
             times.append(self._deadline_from_s + self._rules.deadline_s)
         return min(times)
-
-    def is_last(self, step: Step) -> bool:
-        """True when a device has all its steps after this one; what is planned later adds some."""
-        planned = step.step > 0 or not self.tau.adaptive
-        return planned and step.step + 1 == self._shares[step.device].tau
 
     @property
     def pool(self) -> list[int]:
@@ -312,8 +263,8 @@ class Coordinator:
             self.round, contributions, dropped, self._opened_s, self._stepped_devices()
         )
         self._forget_round()
-        if self._barren >= BARREN_ROUNDS:
-            text = f"{BARREN_ROUNDS} rounds in a row gave no finite scalar; use smaller steps"
+        if self._barren >= BARREN:
+            text = f"{BARREN} rounds in a row gave no finite scalar; use smaller steps"
             return [closed, *self._finish(Outcome.DIVERGED, text)]
         return [closed, *self._open(self.round + 1, now_s)]
 
@@ -344,10 +295,6 @@ class Coordinator:
             self._shares[device] = RoundShare(tau=self._rules.tau, rank=rank)
         self._awaiting = set(chosen)
         return [OpenRound(number, chosen)] if chosen else []
-
-    def _finish(self, outcome: Outcome, detail: str) -> list[Action]:
-        self.finished = Finish(outcome, detail)
-        return [self.finished]
 
     def _idle(self) -> bool:
         return not self.finished and not self._shares and 0 <= self.round < self._rules.rounds
