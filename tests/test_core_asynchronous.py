@@ -23,7 +23,7 @@ from server_node.actions import (
     Step,
 )
 from server_node.asynchronous import AsynchronousCoordinator
-from server_node.coordinator import BARREN_ROUNDS
+from server_node.coordination import BARREN
 from server_node.errors import ConfigError
 from server_node.files import CONTROL_FOLDER
 from server_node.journal import RoundClosed, read_journal
@@ -187,7 +187,7 @@ def test_without_progress_the_run_stalls(desk):
 
 
 def test_scalars_that_are_never_finite_end_the_run(desk):
-    for _ in range(BARREN_ROUNDS):
+    for _ in range(BARREN):
         desk.deliver(0, 0)
         actions = desk.compute(desk.machine.next_work(), float("nan"))
     assert actions[-1].outcome is Outcome.DIVERGED

@@ -18,7 +18,7 @@ from server_node.actions import (
     Reply,
     Step,
 )
-from server_node.coordinator import BARREN_ROUNDS
+from server_node.coordination import BARREN
 from wire_protocol.directions import participants
 
 
@@ -260,7 +260,7 @@ def lose_round(desk):
 def test_barren_rounds_in_a_row_end_the_run_as_diverged():
     desk = Desk(rounds=20)
     desk.start()
-    for number in range(BARREN_ROUNDS - 1):
+    for number in range(BARREN - 1):
         assert lose_round(desk) == [
             CloseRound(number, [], dict.fromkeys(range(3), "not finite"), 1000.0),
             OpenRound(number + 1, [0, 1, 2]),
@@ -273,10 +273,10 @@ def test_barren_rounds_in_a_row_end_the_run_as_diverged():
 def test_one_good_round_starts_the_count_of_barren_rounds_again():
     desk = Desk(rounds=20)
     desk.start()
-    for _ in range(BARREN_ROUNDS - 1):
+    for _ in range(BARREN - 1):
         lose_round(desk)
     desk.deliver(0, 1, 2)
     desk.compute_all()
-    for _ in range(BARREN_ROUNDS - 1):
+    for _ in range(BARREN - 1):
         lose_round(desk)
     assert desk.machine.finished is None

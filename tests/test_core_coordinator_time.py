@@ -4,7 +4,7 @@ import pytest
 from core_support import Desk, client_scalar, server_scalar
 
 from server_node.actions import Finish, Ignore, OpenRound, Outcome, Remind, Reply
-from server_node.coordinator import BARREN_ROUNDS
+from server_node.coordination import BARREN
 
 DEADLINE = {"deadline_s": 5.0, "quorum": 2}
 
@@ -220,9 +220,9 @@ def test_new_device_takes_part_from_the_next_round():
 
 
 def test_rounds_lost_to_departures_do_not_count_as_divergence():
-    desk = opened_desk(devices=tuple(range(BARREN_ROUNDS + 2)), participants=1, rejoin_s=0.0,
+    desk = opened_desk(devices=tuple(range(BARREN + 2)), participants=1, rejoin_s=0.0,
                        rounds=100)  # fmt: skip
-    for _ in range(BARREN_ROUNDS):
+    for _ in range(BARREN):
         opened = next(a for a in reversed(desk.actions) if isinstance(a, OpenRound))
         desk.left(*opened.participants)
     assert desk.machine.finished is None
