@@ -164,7 +164,7 @@ class Agent:
                 self._end(message)
             case Round() | Commit() | Snapshot() | Scalars() if self._member is not None:
                 if message.run == self._member.run:
-                    self._member.take(message, crowded=self._link.backlog > 0)
+                    self._member.take(message, sending=self._link.backlog > 0)
             case _:
                 pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Final
@@ -30,7 +31,10 @@ Training = Round | Commit | Snapshot | Scalars
 
 
 class Member:
-    """Takes the run's messages in any order, and repeated ones. `trainer` stands at a round."""
+    """Takes the run's messages in any order, and repeated ones. `trainer` stands at a round.
+
+    Whatever sends raises QueueFullError or TransportError, whatever saves or fetches StateError.
+    """
 
     def __init__(
         self, trainer: Trainer, epoch: int, store: StateStore, uplink: Uplink, fetching: Fetching,
@@ -43,7 +47,7 @@ class Member:
         self._open = OpenRound(epoch, uplink.send_frame, uplink.send)
         self._later = CommitQueue()
         self._metered = False  # the run's energy is being counted
-        self._saved_s = time.monotonic()
+        self._saved_s = -math.inf
         self._advanced_s = 0.0  # when `ready` was said, or a commit came
         self._mismatch_round: int | None = None
         self._acknowledged_round: int | None = None
@@ -78,7 +82,10 @@ class Member:
         self.ready()
 
     def welcomed_back(self, welcome: Welcome) -> None:
-        """The server may be another start of it, which knows nothing of the open round."""
+        """The server may be another start of it, which knows nothing of the open round.
+
+        Raises BundleError when the initial weights are gone.
+        """
         self._acknowledged_round = None
         if self._trainer.next_round > welcome.next_round:  # it lost commits
             self._say(f"the server is back at round {welcome.next_round}: starting over")
@@ -107,8 +114,11 @@ class Member:
         if not late and self._fetching.snapshot is None:
             self._open.take_gradient(frame, trainer)
 
-    def take(self, message: Training, *, crowded: bool) -> None:
-        """A message of the run; `crowded`: the link has not delivered what it was given."""
+    def take(self, message: Training, *, sending: bool) -> None:
+        """A message of the run; `sending`: the link has not delivered what it was given.
+
+        Raises RefusedError when commits lead to other weights than the server's, twice.
+        """
         self._meter_run()
         trainer = self._trainer
         match message:
@@ -129,7 +139,7 @@ class Member:
                 self._apply_later()
             case Round() if message.round == trainer.next_round != self._acknowledged_round:
                 if trainer.welcome.device in message.participants:
-                    self._open.take_part(trainer, again=not crowded)
+                    self._open.take_part(trainer, again=not sending)
             case Round() | Commit() if message.round > trainer.next_round:
                 if time.monotonic() - self._advanced_s > _GAP_S:
                     self.ready()
@@ -137,7 +147,7 @@ class Member:
                 pass
 
     def end(self) -> str:
-        """The run is over. Returns why its energy was not measured, or ''."""
+        """The run is over. Returns why its energy was not measured, or ''. Raises as `take`."""
         self._apply_later()
         self._report(self._trainer.next_round, 0.0)
         self.save()  # what the device has learned stays on its disk

@@ -22,7 +22,7 @@ def start_trainer(
 ) -> Trainer:  # fmt: skip
     """At the run's first round, or at the saved one where the server has that still.
 
-    Raises InputError for a shard or a bundle that cannot be used.
+    Raises InputError for a shard, a bundle or a stand-in that cannot be used.
     """
     check_shard(shard, bundle.manifest)
     pacing = settings.pacing(welcome, bundle)

@@ -14,7 +14,10 @@ from wire_protocol.topics import PROTOCOL_VERSION, Topics
 
 
 class Uplink:
-    """Of one start of a device program, which `epoch` names."""
+    """Of one start of a device program, which `epoch` names.
+
+    Whatever sends raises QueueFullError or TransportError.
+    """
 
     def __init__(
         self, link: LinkLike, fleet: str, device_id: str, epoch: int, stopwatch: Stopwatch
@@ -25,7 +28,7 @@ class Uplink:
         self._run_began: Bytes = (0, 0)
 
     def stream(self) -> Bytes:
-        """Bytes of the link since it opened, up and down."""
+        """Bytes of the link since it was made, up and down."""
         return self._link.bytes_up, self._link.bytes_down
 
     def count_anew(self) -> None:

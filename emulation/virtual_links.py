@@ -1,4 +1,7 @@
-"""The links of a virtual fleet: what a message weighs, that it was counted, when it arrives."""
+"""The links of a virtual fleet: what messages weigh, and when those of the server arrive.
+
+What devices send while they compute is counted when it arrives, by the fleet.
+"""
 
 from __future__ import annotations
 

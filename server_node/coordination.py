@@ -14,7 +14,8 @@ from server_node.attendance import Attendance
 from server_node.progress import Progress
 from server_node.tau import TauController
 
-# Rounds, or contributions, in a row without a finite scalar before the run is called diverged.
+# Rounds in a row without a contribution that is finite, or contributions in a row that are not,
+# before the run is called diverged.
 BARREN: Final = 5
 
 ShareT = TypeVar("ShareT", bound=Progress)

@@ -2,7 +2,7 @@
 
 It decides who takes part in a round, what the server does with its time (tau steps for one device
 while others are awaited), and when the round closes. MQTT, an in-process fleet and the tests
-drive the same machine.
+drive the same state machine.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from core_support import Desk, play, tiny_config
 from torch import nn
 
-from server_node import run as run_module
+from server_node import computing
 from server_node.actions import Measure, OpenRound, Step
 from server_node.errors import ConfigError
 from server_node.half import ServerHalf
@@ -253,7 +253,7 @@ def test_padding_counts_once_a_batch(tmp_path, monkeypatch):
     )
     experiment = prepare(config, tmp_path)
     slept = []
-    monkeypatch.setattr(run_module.time, "sleep", slept.append)
+    monkeypatch.setattr(computing.time, "sleep", slept.append)
     run = play(experiment, tmp_path / "run")
     assert len(slept) == 2
     assert run.ledger.server_steps == 6
