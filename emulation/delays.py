@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from server_node.errors import ConfigError
 from server_node.sections import SimulationSection
 
 _TWO_53: Final = 1 << 53
@@ -71,8 +72,10 @@ class Delays:
         """The whole zeroth-order step of a round: 2 K + 1 forwards."""
         return self.for_forwards(device, number, self._forwards)
 
-    def for_forwards(self, device: int, number: int, forwards: float) -> float:
-        """So many forwards, or work worth as many, from the beginning of a round."""
+    def for_forwards(
+        self, device: int, number: int, forwards: float, *, begun: bool = False
+    ) -> float:
+        """So many forwards, or work worth as many; `begun`: not the first of the round."""
         section = self._section
         match section.compute:
             case "none":
@@ -81,7 +84,7 @@ class Delays:
                 return forwards * self._forward_flop / self._flops_of(device)
             case "recorded":
                 timing = self._timing(device)
-                return timing.fixed_s + forwards * timing.forward_s
+                return (0.0 if begun else timing.fixed_s) + forwards * timing.forward_s
         mean_s = section.mean_s[device % len(section.mean_s)]
         u = uniform(self._run_seed, Draw.COMPUTE, device, number)
         if section.compute == "exponential":
@@ -140,7 +143,13 @@ class Delays:
             loss_db = _LOSS_DB + _LOSS_DB_A_DECADE * math.log10(distance_km)
             noise_w = 10 ** ((_NOISE_DBM_A_HZ - 30.0) / 10.0) * section.bandwidth_hz
             snr = section.power_w * 10 ** (-loss_db / 10.0) / noise_w
-            self._rates[device] = section.bandwidth_hz * math.log2(1.0 + snr) / 8.0
+            rate = section.bandwidth_hz * math.log1p(snr) / math.log(2.0) / 8.0
+            if not rate:
+                raise ConfigError(
+                    "simulation.power_w, bandwidth_hz, radius_km: nothing of what device "
+                    f"{device} sends would arrive; use a smaller radius or more power"
+                )
+            self._rates[device] = rate
         return self._rates[device]
 
 

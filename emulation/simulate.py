@@ -26,7 +26,7 @@ from server_node.journal import JOURNAL_FILE
 from server_node.plot import plot_run
 from server_node.prepare import Experiment, prepare
 from server_node.samples import Dataset
-from server_node.summary import RunResult, result_of, summarise
+from server_node.summary import UNFINISHED_CONTROL, RunResult, result_of, summarise
 from server_node.summary_file import write_summary
 from wire_protocol.allocator import keep_freed_memory
 
@@ -112,14 +112,12 @@ def simulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
         )  # fmt: skip
         main = simulation.play(notify)
         if main.result.outcome == Outcome.STALLED.value:
-            raise NoProgressError(
-                f"{main.result.detail}; set round.deadline_s, or a longer stall_s"
-            )
+            raise NoProgressError(f"{main.result.detail}; set {patience(config)}")
         diverged = main.result.outcome == Outcome.DIVERGED.value
-        control: Played | None = None
-        if config.evaluation.control and not diverged:
-            control = simulation.play(notify, frozen=True)
-        summary = _sum_up(experiment, main, control)
+        reason = "the run diverged" if diverged else experiment.no_control
+        summary = _sum_up(experiment, main, reason or UNFINISHED_CONTROL)
+        if not reason:  # whatever becomes of it, the run above is on disk
+            summary = _sum_up(experiment, main, simulation.play(notify, frozen=True))
         notify({"event": "summary", **summary})
     if diverged:
         raise DivergedError(
@@ -127,6 +125,12 @@ def simulate(config: Config, folder: Path, notify: Notify) -> dict[str, Any]:
             f"smaller ones); the run so far is in {folder}"
         )
     return summary
+
+
+def patience(config: Config) -> str:
+    """The fields that let a run wait longer for devices, or not for all."""
+    longer = "a longer round.stall_s"
+    return longer if config.round.mode == "asynchronous" else f"round.deadline_s, or {longer}"
 
 
 def simulate_curve(
@@ -149,18 +153,17 @@ def make_delays(experiment: Experiment, timings: Timings | None = None) -> Delay
     )  # fmt: skip
 
 
-def _sum_up(experiment: Experiment, main: Played, control: Played | None) -> dict[str, Any]:
-    """Write summary.json and the plot."""
+def _sum_up(experiment: Experiment, main: Played, control: Played | str) -> dict[str, Any]:
+    """Write summary.json and the plot; `control` is the frozen-client run, or why there is none."""
     config, folder = experiment.config, experiment.folder
-    diverged = main.result.outcome == Outcome.DIVERGED.value
-    why_not = "the run diverged" if diverged else "evaluation.control is off"
+    beside = None if isinstance(control, str) else control
     summary = summarise(
-        experiment, main.result, why_not if control is None else control.result, None
+        experiment, main.result, control if isinstance(control, str) else control.result, None
     )
     client_rounds = max(1, main.result.contributions)
     summary |= {
         "simulated_s": main.simulated_s,
-        "simulated_s_control": control.simulated_s if control is not None else None,
+        "simulated_s_control": beside.simulated_s if beside else None,
         "wall_s": round(main.wall_s, 3),
         "client_forwards": main.client_forwards,
         "client_forwards_per_client_round": round(main.client_forwards / client_rounds, 2),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +26,7 @@ from emulation.virtual_links import VirtualLinks
 from server_node.actions import Measure, Work
 from server_node.errors import FrameFaultError
 from server_node.prepare import Experiment, open_run
-from server_node.run import Run
+from server_node.run import CATCH_UP_COMMITS, Run
 from wire_protocol.directions import DirectionGenerator
 from wire_protocol.frames import Frame, FrameKind, decode_frame, encode_frame
 from wire_protocol.manifest import sha256
@@ -38,7 +39,9 @@ from wire_protocol.messages import (
 )
 
 # A bound that is met to the last bit may not be seen to be met: differences of times are rounded.
+# Late in a long run a microsecond is less than the clock can tell.
 _LATER_S: Final = 1e-6
+_LATER_ULPS: Final = 4.0
 
 
 class Boards(NamedTuple):
@@ -47,6 +50,13 @@ class Boards(NamedTuple):
     bundle: Bundle
     session: PacedSession
     shards: Sequence[Shard]
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """What a device computes of a round; whoever holds another one than the device is too late."""
+
+    useless_s: float = math.inf  # when the device learns that it is of no use: it sends no more
 
 
 class _Part(NamedTuple):
@@ -83,9 +93,7 @@ class VirtualFleet:
         self._here = [True] * len(self._names)
         self._here_count = len(self._names)
         self._known: dict[int, int] = {}  # rounds that a device which is away has committed
-        # Raised whenever what a device computes is of no use any more; since when.
-        self._attempts = [0] * len(self._names)
-        self._useless_s = [0.0] * len(self._names)
+        self._attempts = [_Attempt() for _ in self._names]
         self._working: set[int] = set()
         self._group: dict[int, int] = {}  # first k of a group of differences -> directions in it
         self._generator = DirectionGenerator()
@@ -128,7 +136,7 @@ class VirtualFleet:
         work = run.work_together if self._together else run.work
         while run.finished is None:
             worked = work()
-            wake_s = math.inf if run.wake_s is None else run.wake_s + _LATER_S
+            wake_s = math.inf if run.wake_s is None else _after(run.wake_s)
             if not worked and run.finished is None:
                 queue.wait_until(min(queue.next_s, wake_s))
             queue.happen()
@@ -182,16 +190,16 @@ class VirtualFleet:
         if not self._here[device]:
             return
         arrives_s = self._links.broadcast_arrives_s(device)
-        self._attempts[device] += 1
+        self._attempts[device] = _Attempt()
         self._working.add(device)
         # Computed later, on the weights of now.
         self._trainers[device] = self._trainer(device, number)
         begin = partial(self._begin, device, number, self._attempts[device])
         self._queue.at(arrives_s, begin)
 
-    def _begin(self, device: int, number: int, attempt: int) -> None:
+    def _begin(self, device: int, number: int, attempt: _Attempt) -> None:
         """Compute the round; its frames are on their way one after the other."""
-        if attempt != self._attempts[device]:
+        if attempt is not self._attempts[device]:
             return
         begin_s = free_s = self._queue.read_s()
         parts = self._compute(device)
@@ -228,8 +236,8 @@ class VirtualFleet:
         self.client_forwards += parts[-1].forwards
         return parts
 
-    def _arrive(self, device: int, part: _Part, attempt: int, sent_s: float) -> None:
-        if attempt != self._attempts[device] and sent_s >= self._useless_s[device]:
+    def _arrive(self, device: int, part: _Part, attempt: _Attempt, sent_s: float) -> None:
+        if sent_s >= attempt.useless_s:
             return  # it was never sent
         self._links.traffic.sent(part.size_bytes)
         try:
@@ -238,23 +246,23 @@ class VirtualFleet:
             self.run.ledger.useless("refused")
             self._gone(device)
 
-    def _answer(self, device: int, gradient: Frame, attempt: int) -> None:
+    def _answer(self, device: int, gradient: Frame, attempt: _Attempt) -> None:
         """Cut-gradient feedback: 2 K forwards, then K numbers on their way."""
-        if attempt != self._attempts[device]:
+        if attempt is not self._attempts[device]:
             return
         trainer = self._trainers[device]
         (answer,) = [a for a in trainer.answer(0, gradient.tensor) if a is not None]
         forwards = 2 * trainer.welcome.directions
         self.client_forwards += forwards
         number = gradient.round
-        begin_s, spent = self._queue.read_s(), partial(self._delays.for_forwards, device, number)
-        ready_s = begin_s + spent(1 + forwards) - spent(1)
+        took_s = self._delays.for_forwards(device, number, forwards, begun=True)
+        ready_s = self._queue.read_s() + took_s
         size_bytes = self._links.control_bytes(device, answer)
         arrives_s = ready_s + self._delays.up_s(device, size_bytes)
         self._queue.at(arrives_s, partial(self._told, device, answer, size_bytes, attempt))
 
-    def _told(self, device: int, answer: Derivatives, size_bytes: int, attempt: int) -> None:
-        if attempt != self._attempts[device]:
+    def _told(self, device: int, answer: Derivatives, size_bytes: int, attempt: _Attempt) -> None:
+        if attempt is not self._attempts[device]:
             return
         self._links.traffic.sent(size_bytes)
         try:
@@ -263,9 +271,9 @@ class VirtualFleet:
             self.run.ledger.useless("refused")
             self._gone(device)
 
-    def _ready(self, device: int, attempt: int) -> None:
+    def _ready(self, device: int, attempt: _Attempt) -> None:
         """Asynchronous: a device that has its commit asks for other work."""
-        if attempt == self._attempts[device] and self._here[device]:
+        if attempt is self._attempts[device] and self._here[device]:
             self._links.count_ready()
             self.run.ready(device, self.run.rounds_closed)
 
@@ -277,9 +285,11 @@ class VirtualFleet:
             self._stop(device)
         self._working.clear()
 
-    def _stop(self, device: int) -> None:
-        self._attempts[device] += 1
-        self._useless_s[device] = self._queue.read_s() + self._delays.latency_s
+    def _stop(self, device: int, after_s: float | None = None) -> None:
+        """What it computes is of no use: it learns that from the server, or `after_s` from now."""
+        after_s = self._delays.latency_s if after_s is None else after_s
+        self._attempts[device].useless_s = self._queue.read_s() + after_s
+        self._attempts[device] = _Attempt()
 
     # -- who is there ------------------------------------------------------------------------
 
@@ -296,17 +306,29 @@ class VirtualFleet:
         self._here_count -= 1
         self._known[device] = self.run.rounds_closed
         self._working.discard(device)
-        self._attempts[device] += 1
-        self._useless_s[device] = self._queue.read_s()
+        self._stop(device, 0.0)
         self.run.left(device)
 
     def _return(self, device: int, spell: int) -> None:
         self._here[device] = True
         self._here_count += 1
         self._handshake(device)
-        self.run.ready(device, self._known.pop(device))
+        self.run.ready(device, self._caught_up(device, self._known.pop(device)))
         here_s = self._presence.spell_s(device, spell + 1)
         self._queue.at(self._queue.read_s() + here_s, partial(self._leave, device, spell + 1))
+
+    def _caught_up(self, device: int, known: int) -> int:
+        """Bring a device near enough for the run's next answer; rounds that it knows then.
+
+        As many commits as the run sends at once, then the device asks for more.
+        """
+        missed = self.run.halves.missed_commits(known) or []  # None: a snapshot brings it all
+        while len(missed) > CATCH_UP_COMMITS:
+            for commit in missed[:CATCH_UP_COMMITS]:
+                self.send(device, commit)
+            self._links.count_ready()
+            known, missed = known + CATCH_UP_COMMITS, missed[CATCH_UP_COMMITS:]
+        return known
 
     def _handshake(self, device: int) -> None:
         welcome = self.run.welcome(device, 0, self._manifest_bytes)
@@ -324,3 +346,8 @@ class VirtualFleet:
         if isinstance(piece, Measure):
             return self._delays.server_measure_s * self._group[piece.first_k]
         return self._delays.server_step_s
+
+
+def _after(at_s: float) -> float:
+    """A little later: so much that the difference is seen."""
+    return at_s + max(_LATER_S, _LATER_ULPS * math.ulp(at_s))

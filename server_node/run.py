@@ -56,7 +56,7 @@ Vector = NDArray[np.float32]
 
 _MIN_IDLE_S: Final = 0.001
 # Commits sent for one `ready`: the next round makes a device that still misses some ask again.
-_CATCH_UP_COMMITS: Final = 256
+CATCH_UP_COMMITS: Final = 256
 
 
 class Run:
@@ -166,7 +166,7 @@ class Run:
             now_round = self.rounds_closed
             self._outbox.send(device, Snapshot(self.header.run, now_round, digest, state.nbytes))
         else:
-            for commit in commits[:_CATCH_UP_COMMITS]:
+            for commit in commits[:CATCH_UP_COMMITS]:
                 self._outbox.send(device, commit)
 
     def left(self, device: int) -> None:

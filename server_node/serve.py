@@ -28,6 +28,7 @@ from server_node.prepare import (
 from server_node.recorder import read_rounds
 from server_node.resume import History, Past, check_identity, read_past, rebuild
 from server_node.summary import (
+    UNFINISHED_CONTROL,
     RunResult,
     result_of,
     result_of_past,
@@ -43,8 +44,6 @@ from wire_protocol.tls import own_name
 from wire_protocol.topics import Topics
 
 Notify = Callable[[dict[str, Any]], None]
-
-_UNFINISHED = "the control run was not finished"
 
 
 class Access(NamedTuple):
@@ -191,7 +190,7 @@ def _serve(
             node.gather()
             main = _run(node, progress.main, frozen=False, final=not planned)
         diverged = main.detail if main.outcome == Outcome.DIVERGED.value else ""
-        reason = _UNFINISHED if planned else experiment.no_control
+        reason = UNFINISHED_CONTROL if planned else experiment.no_control
         summary = _sum_up(experiment, main, "the run diverged" if diverged else reason, link)
         if planned and not diverged:  # whatever becomes of it, the run above is on disk
             summary = _sum_up(experiment, main, _control(node, progress.control), link)

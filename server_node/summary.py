@@ -18,6 +18,8 @@ from server_node.torch_half import Scores
 from wire_protocol.manifest import sha256
 
 ENERGY_FILE: Final = "energy.json"
+# Why a summary has no control while that is under way.
+UNFINISHED_CONTROL: Final = "the control run was not finished"
 
 
 class RunResult(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from emulation.fit import fit_timings
-from emulation.simulate import Simulation, make_delays
+from emulation.simulate import Simulation, make_delays, patience
 from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.datasets import load_dataset
@@ -48,7 +48,7 @@ def _musplit(config: Config, folder: Path) -> Result:
     played = simulation.play(note)
     outcome = played.result.outcome
     if outcome == Outcome.STALLED.value:
-        raise CellError(f"the run stalled: {played.result.detail}; set round.deadline_s")
+        raise CellError(f"the run stalled: {played.result.detail}; set {patience(config)}")
     points = [
         Point(
             row.round + 1, row.simulated_s, row.accuracy, finite(row.loss), row.bytes_up,

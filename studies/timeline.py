@@ -10,8 +10,13 @@ from typing import NamedTuple, Protocol
 class Timing(Protocol):
     """Seconds of devices and links in round `number`; emulation.delays.Delays is one."""
 
-    def for_forwards(self, device: int, number: int, forwards: float) -> float:
-        """So many forwards of the device half on one batch, or work worth as many."""
+    def for_forwards(
+        self, device: int, number: int, forwards: float, *, begun: bool = False
+    ) -> float:
+        """So many forwards of the device half on one batch, or work worth as many.
+
+        `begun`: not the first of a round, for which nothing has to be fetched or waited for.
+        """
         ...
 
     def up_s(self, device: int, size_bytes: int) -> float:
@@ -33,7 +38,9 @@ class Instant:
 
     server_step_s = 0.0
 
-    def for_forwards(self, device: int, number: int, forwards: float) -> float:  # noqa: ARG002
+    def for_forwards(
+        self, device: int, number: int, forwards: float, *, begun: bool = False  # noqa: ARG002
+    ) -> float:  # fmt: skip
         """No time."""
         return 0.0
 

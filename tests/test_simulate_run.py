@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from core_support import play, tiny_config
 
 from emulation.delays import Delays
 from emulation.simulate import Played, Simulation, simulate, simulate_curve
+from emulation.virtual_fleet import VirtualFleet
+from emulation.virtual_links import VirtualLinks
 from server_node.config import Config
 from server_node.errors import ConfigError, NoProgressError
 from server_node.prepare import prepare
 from server_node.replay import replay
 from wire_protocol.manifest import sha256
+from wire_protocol.messages import Commit, DownMessage
 
 
 def simulated(folder: Path, *overrides: str, frozen: bool = False) -> Played:
@@ -111,6 +117,52 @@ def test_deadline_and_quorum_drop_the_straggler() -> None:
     assert [row.simulated_s for row in rows] == pytest.approx([5.0, 10.0, 15.0])
 
 
+def test_frames_that_a_device_had_not_sent_when_its_round_ended_are_not_counted() -> None:
+    """Its next round is stopped too before they would have been ready."""
+    given = ("run.rounds=6", "devices.count=2", "simulation.compute=uniform",
+             "simulation.spread=0", "round.deadline_s=5", "simulation.mean_s=[0.1, 12]",
+             "simulation.latency_s=2")  # fmt: skip
+    _, rows = simulate_curve(tiny_config(*given))
+    spent = [later.bytes_up - row.bytes_up for row, later in itertools.pairwise(rows)]
+    assert max(spent) - min(spent) < 100  # numbers grow; a frame has 400 bytes
+
+
+def test_a_clock_that_has_run_for_centuries_still_moves(tmp_path: Path) -> None:
+    played = simulated(
+        tmp_path, "run.rounds=40", "simulation.compute=uniform", "simulation.mean_s=[1e9]",
+        "round.stall_s=1e12", "round.rejoin_s=60.1", "simulation.up_s=1e9", "simulation.down_s=1e9",
+    )  # fmt: skip
+    assert played.result.outcome == "complete"
+
+
+def test_a_device_that_was_away_for_long_is_told_of_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, missed = Counter[int](), Counter[int]()
+
+    def send(self: VirtualLinks, device: int, message: DownMessage) -> float:
+        sent[device] += isinstance(message, Commit)
+        return one(self, device, message)
+
+    def caught_up(self: VirtualFleet, device: int, known: int) -> int:
+        missed[device] += self.run.rounds_closed - known
+        longest.append(self.run.rounds_closed - known)
+        return near(self, device, known)
+
+    one, near, longest = VirtualLinks.send, VirtualFleet._caught_up, [0]
+    monkeypatch.setattr(VirtualLinks, "send", send)
+    monkeypatch.setattr(VirtualFleet, "_caught_up", caught_up)
+    simulated(
+        tmp_path, "run.rounds=900", "model.name=mlp:64-512-10", "devices.batch=1",
+        "method.directions_client=1", "method.eta_c=0.001", "method.eta_s=0.0001",
+        "evaluation.every=900", "simulation.compute=uniform",
+        "simulation.spread=0", "simulation.up_s=200", "simulation.down_s=400",
+        "round.rejoin_s=0", "round.stall_s=1e9",
+    )  # fmt: skip
+    assert max(longest) > 512
+    assert sent == missed
+
+
 def test_a_run_stalls_in_virtual_time(tmp_path: Path) -> None:
     given = ("simulation.compute=uniform", "simulation.mean_s=[1000]", "round.stall_s=100")
     with pytest.raises(NoProgressError, match="waited 100 s"):
@@ -141,6 +193,32 @@ def test_the_folder_of_a_simulation(tmp_path: Path) -> None:
     assert not (tmp_path / "trace.json").exists()
     with pytest.raises(ConfigError, match="holds a run already"):
         simulate(tiny_config(), tmp_path, lambda _: None)
+
+
+def test_a_simulation_that_is_stopped_in_its_control_has_its_summary(tmp_path: Path) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "run" and event["frozen"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tiny_config(), tmp_path, stop)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["outcome"] == "complete"
+    assert summary["accuracy_frozen_client_reason"] == "the control run was not finished"
+    assert (tmp_path / "accuracy.png").exists()
+
+
+def test_a_device_that_trains_nothing_has_no_control(tmp_path: Path) -> None:
+    config = tiny_config('model.perturb=["none"]', "run.rounds=1")
+    summary = simulate(config, tmp_path, lambda _: None)
+    assert "trains nothing" in summary["accuracy_frozen_client_reason"]
+
+
+def test_a_stalled_run_names_what_its_mode_has(tmp_path: Path) -> None:
+    given = ("round.mode=asynchronous", "simulation.compute=uniform", "simulation.mean_s=[1000]",
+             "round.stall_s=100")  # fmt: skip
+    with pytest.raises(NoProgressError, match=r"; set a longer round\.stall_s$"):
+        simulate(tiny_config(*given), tmp_path, lambda _: None)
 
 
 @pytest.mark.parametrize(

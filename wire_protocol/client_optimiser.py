@@ -72,7 +72,7 @@ class ClientState:
             (velocity,) = self._moments
             np.multiply(velocity, np.float32(self.rule.momentum), out=velocity)
             np.add(velocity, self._estimate, out=velocity)
-            np.add(self.theta, velocity, out=self.theta)
+            self._move(velocity)
         else:
             self._adam(commit.eta_c, commit.round + 1)
 
@@ -91,7 +91,12 @@ class ClientState:
         step += _ADAM_EPSILON
         np.divide(first, step, out=step)
         step *= np.float32(eta / (1.0 - _power(beta1, steps)))
-        np.add(self.theta, step, out=self.theta)
+        self._move(step)
+
+    def _move(self, step: Vector) -> None:
+        """Add a step; one of zeros changes no bit, not even that of a weight that is -0.0."""
+        if step.any():
+            np.add(self.theta, step, out=self.theta)
 
 
 def _power(base: float, exponent: int) -> float:

@@ -55,7 +55,7 @@ def fedavg(bench: Bench, options: FedAvgOptions) -> list[Point]:
                 cross_entropy(server(client(*batch.xs)), batch.labels).backward()  # type: ignore[no-untyped-call]
                 for stepper in steppers:
                     stepper.step(bench.factor(number), device)
-                seconds += delays.for_forwards(device, drawn, forwards)
+                seconds += delays.for_forwards(device, drawn, forwards, begun=step > 0)
             trained.append([half.flat.clone() for half in halves])
             lasts_s.append(seconds)
         shares = bench.shares(devices, by_samples=options.weighting == "samples")

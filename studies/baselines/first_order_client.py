@@ -131,7 +131,7 @@ def _lasts_s(
         + work_s
         + max(
             delays.down_s(device, down)
-            + delays.for_forwards(device, number, BACKWARD)
+            + delays.for_forwards(device, number, BACKWARD, begun=True)
             + delays.up_s(device, size_bytes)
             for device, down in zip(devices, downs, strict=True)
         )

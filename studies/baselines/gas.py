@@ -219,7 +219,7 @@ class _Gas:
         backward = self._step(place, sent, answer)
         self._meter.client_forwards += sent.forwards + backward
         self._meter.client_batches += 1
-        now_s += delays.for_forwards(device, sent.origin.round, backward)
+        now_s += delays.for_forwards(device, sent.origin.round, backward, begun=True)
         self._buffer(place, sent)
         if place.done < self._options.local_iterations:
             self._compute(place, now_s)

@@ -114,7 +114,8 @@ class _SplitFed:
             legs.append(
                 Leg(
                     delays.for_forwards(device, drawn, FORWARD) + delays.up_s(device, up),
-                    delays.down_s(device, down) + delays.for_forwards(device, drawn, BACKWARD),
+                    delays.down_s(device, down)
+                    + delays.for_forwards(device, drawn, BACKWARD, begun=True),
                 )
             )
         size_bytes = self._client.size_bytes
