@@ -23,7 +23,7 @@ from emulation.errors import FitError
 from server_node.config import load_config
 from server_node.files import CONFIG_FILE
 from server_node.ledger import TRACE_FILE
-from server_node.recorder import read_reports
+from server_node.recorder import REPORTS_FILE, read_reports
 from server_node.summary_file import SUMMARY_FILE
 from server_node.trace import read_events
 
@@ -71,6 +71,11 @@ class _Server:
             if number > 0 and number in self.opened_s:
                 spans[device].append(at_s - self.opened_s[number])
         return {device: statistics.median(values) for device, values in spans.items()}
+
+
+def fit_files(run: Path) -> list[Path]:
+    """The files of a run that a fit reads."""
+    return [run / name for name in (CONFIG_FILE, TRACE_FILE, REPORTS_FILE, SUMMARY_FILE)]
 
 
 def fit_timings(run: Path) -> Timings:

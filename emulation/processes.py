@@ -92,8 +92,8 @@ def last_line(log: Path) -> str:
 
 
 def musplit_command(*arguments: str) -> list[str]:
-    """The command line of this installation's musplit."""
-    return [sys.executable, "-m", "musplit", *arguments]
+    """The command line of this installation's musplit, whatever lies in the current folder."""
+    return [sys.executable, "-P", "-m", "musplit", *arguments]
 
 
 def _die_with_parent() -> Callable[[], None] | None:

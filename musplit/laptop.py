@@ -128,11 +128,12 @@ def plan(
         with redirect_stdout(sys.stderr):
             fleet = load_fleet(fleet_file)
             base = base_config(model, fleet, data, list(overrides))
+            for folder in (table.parent, *([out] if out is not None else [])):
+                folder.mkdir(parents=True, exist_ok=True)  # before the long work, not after
             advice = make_plan(base, fleet, target, budget, table, say)
-        path = write_plan(advice, out) if out is not None else None
-    print(json.dumps(as_json(advice)) if output == "json" else text(advice))
-    if path is not None:
-        say(f"advice as a configuration: {path}")
+        print(json.dumps(as_json(advice)) if output == "json" else text(advice))
+        if out is not None:
+            say(f"advice as a configuration: {write_plan(advice, out)}")
 
 
 @click.command()

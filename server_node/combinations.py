@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from server_node.sections import MethodSection, ServerSection
+
+
+def _finite(value: float | list[float]) -> bool:
+    return all(map(math.isfinite, value if isinstance(value, list) else [value]))
 
 
 def nonsense(method: MethodSection, server: ServerSection) -> dict[str, bool]:
@@ -15,6 +21,9 @@ def nonsense(method: MethodSection, server: ServerSection) -> dict[str, bool]:
             bool(method.server_options) or method.server_optimiser != "SGD"
         ),
         "method.server_options: lr is the step size method.eta_s": "lr" in method.server_options,
+        "method.server_options: only finite numbers": not all(
+            map(_finite, method.server_options.values())
+        ),
         "method.directions_server: first-order steps draw no directions; leave it at 1": (
             first and method.directions_server != 1
         ),

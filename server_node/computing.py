@@ -45,7 +45,7 @@ class Computing:
     def together(self, coordinator: AnyCoordinator) -> list[Action] | None:
         """A piece of every device that has one, in the time of the longest.
 
-        For a virtual clock: as if each device had a server of its own.
+        For a virtual clock: one server that works for all that wait; who comes meanwhile waits.
         """
         pieces = coordinator.all_work()
         if not pieces or self._spend is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import tomllib
 from pathlib import Path
 from typing import Any, Final
@@ -79,7 +80,7 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
-        text = _explain(error)
+        text = explain(error)
         field = text.partition(":")[0].partition("[")[0]
         given = [override for override in overrides if override.partition("=")[0].strip() == field]
         where = f"--set {given[-1]!r}" if given else where
@@ -93,17 +94,19 @@ def to_toml(config: Config) -> str:
     lines: list[str] = []
     for section, fields in msgspec.to_builtins(config).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in fields.items()]
+        lines += [f"{key} = {toml_value(value)}" for key, value in fields.items()]
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml_value(value: object) -> str:
-    """JSON, which TOML reads too, but for tables, and for DEL: that must be escaped."""
+def toml_value(value: object) -> str:
+    """JSON, which TOML reads too, but for tables, nan and inf, and DEL: that must be escaped."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, list):
+        return "[" + ",".join(map(toml_value, value)) + "]"
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-        )
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
 
 
@@ -137,7 +140,7 @@ def _text_fields() -> frozenset[str]:
     )
 
 
-def _explain(error: msgspec.ValidationError) -> str:
+def explain(error: msgspec.ValidationError) -> str:
     """Msgspec's "... - at `$.method.tau`" with the field in front."""
     what, _, where = str(error).partition(" - at `$")
     return f"{where.strip('`.')}: {what}" if where else what

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -20,6 +20,8 @@ from server_node.energy import Energies
 from server_node.journal import RoundClosed
 from wire_protocol.energy import MeasuredByPhase, ModelledByPhase
 from wire_protocol.messages import Report
+
+REPORTS_FILE: Final = "devices.jsonl"
 
 
 @dataclass
@@ -162,7 +164,7 @@ def read_rounds(folder: Path) -> Iterator[RoundMetrics]:
 
 def read_reports(folder: Path) -> Iterator[DeviceReport]:
     """The rows of FOLDER/devices.jsonl; what is damaged is left out."""
-    for line in _read_rows(folder / "devices.jsonl"):
+    for line in _read_rows(folder / REPORTS_FILE):
         with contextlib.suppress(msgspec.ValidationError):
             name = msgspec.convert(line.pop("device_id", None), str)
             index = msgspec.convert(line.pop("device", None), int)

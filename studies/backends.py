@@ -39,11 +39,14 @@ def _musplit(config: Config, folder: Path) -> Result:
     """Our method, simulated: the coordinator, the device step and the bytes of the real thing."""
     data = load_dataset(config.data)
     simulation = Simulation(config, folder, data)
-    steps: list[int] = []
+    steps: list[int] = []  # after each round, as the client rounds
+    client_rounds: list[int] = []
 
     def note(event: dict[str, Any]) -> None:
         if event["event"] == "round":
             steps.append((steps[-1] if steps else 0) + event["server_steps"])
+            before = client_rounds[-1] if client_rounds else 0
+            client_rounds.append(before + event["contributions"])
 
     played = simulation.play(note)
     outcome = played.result.outcome
@@ -60,8 +63,10 @@ def _musplit(config: Config, folder: Path) -> Result:
     experiment, method = simulation.experiment, config.method
     rule = ClientRule(method.client_optimiser, method.momentum, method.beta2)
     initial = ClientState(rule, experiment.client.initial_parameters())
+    # Beside the costs of the last point: a run may diverge long after that.
+    scored = client_rounds[points[-1].round - 1] if points else 0
     return Result(
-        points, outcome, played.result.contributions, len(data.y_train),
+        points, outcome, scored, len(data.y_train),
         experiment.exported.manifest.parameters, experiment.exported.server_parameters,
         played.result.client_sha256 != sha256(initial.state), 0.0,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from server_node.config import explain
 from studies.errors import StudyError
 
 Name = Annotated[str, Meta(pattern=r"^[^|\r\n]+$", max_length=120)]
@@ -140,11 +141,7 @@ def parse_study(text: str, where: str) -> StudyFile:
     try:
         study = msgspec.convert(tomllib.loads(text), StudyFile)
     except msgspec.ValidationError as error:
-        what, _, at = str(error).partition(" - at `$")
-        at = at.strip("`.")
-        raise StudyError(
-            f"{where}: {f'{at}: ' if at else ''}{what}; see docs/studies.md"
-        ) from error
+        raise StudyError(f"{where}: {explain(error)}; see docs/studies.md") from error
     except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
         raise StudyError(f"{where}: not TOML: {error}") from error
     _check(study, where)
@@ -172,20 +169,26 @@ def _check(study: StudyFile, where: str) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise StudyError(f"{where}: {kind}: the name {twice[0]!r} stands twice")
-    known = [setting.name for setting in study.setting]
     for arm in study.arm:
-        for name in arm.settings:
-            if name not in known:
-                raise StudyError(f"{where}: arm {arm.name!r}: settings: no setting {name!r}")
-        at = f"{where}: arm {arm.name!r}"
-        if arm.tune and study.tuning is None:
-            raise StudyError(f"{at}: tune needs a [tuning] table with the budget of all arms")
-        if arm.control and arm.kind != MUSPLIT:
-            raise StudyError(f"{at}: control is for kind {MUSPLIT!r} alone")
-        if arm.control_tune and not (arm.control and arm.tune):
-            raise StudyError(f"{at}: control_tune needs control = true and tune")
+        _check_arm(arm, study, f"{where}: arm {arm.name!r}")
+    for number, figure in enumerate(study.figure, 1):
+        if not any(figure.x in flatten(arm.each, where) for arm in study.arm):
+            raise StudyError(f"{where}: figure {number}: x: no arm's `each` has {figure.x!r}")
     by = study.tuning.by if study.tuning is not None else "accuracy"
     if not study.study.targets and (
         by != "accuracy" or any(f.y != "accuracy" for f in study.figure)
     ):
         raise StudyError(f"{where}: study.targets: needed where rounds or seconds are asked for")
+
+
+def _check_arm(arm: Arm, study: StudyFile, at: str) -> None:
+    known = [setting.name for setting in study.setting]
+    for name in arm.settings:
+        if name not in known:
+            raise StudyError(f"{at}: settings: no setting {name!r}")
+    if arm.tune and study.tuning is None:
+        raise StudyError(f"{at}: tune needs a [tuning] table with the budget of all arms")
+    if arm.control and arm.kind != MUSPLIT:
+        raise StudyError(f"{at}: control is for kind {MUSPLIT!r} alone")
+    if arm.control_tune and not (arm.control and arm.tune):
+        raise StudyError(f"{at}: control_tune needs control = true and tune")

@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from server_node.config import Config, load_config
+from emulation.fit import fit_files
+from server_node.config import Config, load_config, toml_value
 from server_node.datasets import load_dataset
 from server_node.errors import ConfigError
 from studies.baselines import BASELINES
@@ -24,6 +25,7 @@ from studies.errors import StudyError
 _OPTION: Final = "option."
 _DATA: Final = "{data}"
 _SOURCE: Final = "data.source"
+_SEED: Final = "run.seed"
 _GRID_SEED: Final = "grid"
 _QUICK_ROUNDS: Final = 10
 _QUICK_TRIALS: Final = 2
@@ -33,6 +35,7 @@ class Row(NamedTuple):
     """An arm, or the frozen-client control of one, as it stands in the tables."""
 
     name: str
+    arm: str  # the arm's name in the file, with the places of `each` in it
     kind: str
     fields: Fields
     trials: tuple[Fields, ...]  # what tuning tries; empty: the arm is run as given
@@ -118,14 +121,14 @@ class Matrix:
                 name = name.replace(f"{{{key}}}", str(value))
             trials = self._trials(tune, f"{at}: tune")
             only = tuple(arm.settings)
-            yield Row(name, arm.kind, {**fields, **values}, trials, "", values, only)
+            yield Row(name, arm.name, arm.kind, {**fields, **values}, trials, "", values, only)
             if arm.control:
                 frozen = flatten(arm.control_tune, at) or tune
                 frozen = {k: v for k, v in frozen.items() if k != "method.eta_c"}
                 trials = self._trials(frozen, f"{at}: control_tune") if tune else ()
                 still = {**fields, **values, "method.eta_c": 0.0}
                 name_still = f"{name}, frozen client"
-                yield Row(name_still, arm.kind, still, trials, name, values, only)
+                yield Row(name_still, arm.name, arm.kind, still, trials, name, values, only)
 
     def _trials(self, tune: Fields, at: str) -> tuple[Fields, ...]:
         """As many points of the grid as the budget has trials; a seeded choice when it has more."""
@@ -184,6 +187,8 @@ class Matrix:
             *_as_overrides({k: v for k, v in fields.items() if not k.startswith(_OPTION)}),
             "evaluation.control=false",
         ]
+        if any(override.partition("=")[0].strip() == _SEED for override in given):
+            raise StudyError(f"{where}: {_SEED}: every run has its own; say how many: --seeds")
         try:
             config = load_config(None, given)
         except ConfigError as error:
@@ -210,9 +215,12 @@ class Matrix:
         return replace(config, data=data, run=run, evaluation=evaluation)
 
     def _fingerprint(self, config: Config, *, tuning: bool) -> str:
-        """SHA-256 of what a run reads: samples (no test set when it tunes), own model, weights."""
+        """SHA-256 of what a run reads: samples (no test set when it tunes), and files."""
         plain = msgspec.structs.replace(config.data, holdout=0.0, alpha=0.0)
-        key = repr((plain, config.model.name, config.model.weights)), tuning
+        files = [Path(config.model.name.partition(":")[0]), Path(config.model.weights)]
+        if config.simulation.compute == "recorded":
+            files += fit_files(Path(config.simulation.recorded))
+        key = repr((plain, files)), tuning
         if key not in self._fingerprints:
             samples = load_dataset(plain)
             arrays = [*samples.x_train, samples.y_train]
@@ -221,7 +229,7 @@ class Matrix:
             for array in arrays:
                 digest.update(f"{array.dtype.str}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
-            for file in (Path(config.model.name.partition(":")[0]), Path(config.model.weights)):
+            for file in files:
                 digest.update(file.read_bytes() if file.is_file() else b"")
             self._fingerprints[key] = digest.hexdigest()
         return self._fingerprints[key]
@@ -251,11 +259,4 @@ def _chosen(items: Sequence[Any], names: tuple[str, ...], at: str) -> list[Any]:
 
 
 def _as_overrides(fields: Fields) -> list[str]:
-    return [f"{key}={_toml(value)}" for key, value in fields.items()]
-
-
-def _toml(value: object) -> str:
-    """A value as TOML: JSON, but for tables and DEL."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
-    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
+    return [f"{key}={toml_value(value)}" for key, value in fields.items()]

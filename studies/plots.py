@@ -1,8 +1,7 @@
-"""The plots of a study: accuracy against what it costs, a file a setting; figures over a field."""
+"""The plots of a study: accuracy against what it costs, a file a setting; its figures."""
 
 from __future__ import annotations
 
-import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,9 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from studies.cells import Point
-from studies.definition import Figure as Wanted
-from studies.definition import StudyFile
-from studies.figures import by_seed, joules
+from studies.field_plots import draw_cuts, draw_over_field
+from studies.figures import joules
 from studies.matrix import Matrix
 from studies.runner import Entry
 
@@ -31,17 +29,27 @@ def write_plots(folder: Path, matrix: Matrix, entries: Sequence[Entry]) -> list[
     Axes of which nothing was measured are left out.
     """
     paths = []
+    names = _file_names([setting.name for setting in matrix.study.setting])
     for setting in matrix.settings:
         mine = [entry for entry in entries if entry.setting is setting and entry.results]
         if not mine:
             continue
-        name = re.sub(r"[^A-Za-z0-9]+", "-", setting.name).strip("-").lower()
+        name = names[setting.name]
         paths.append(_curves(folder / f"curves-{name}.png", setting.name, matrix, mine))
         for number, wanted in enumerate(matrix.study.figure, 1):
             path = folder / f"figure-{number}-{name}.png"
-            draw = _cuts if wanted.y == "cut" else _figure
+            draw = draw_cuts if wanted.y == "cut" else draw_over_field
             paths.append(draw(path, setting.name, wanted, matrix, mine))
     return paths
+
+
+def _file_names(settings: Sequence[str]) -> dict[str, str]:
+    """A part of a file's name for each setting; its number where letters do not tell it apart."""
+    names: dict[str, str] = {}
+    for number, setting in enumerate(settings, 1):
+        name = re.sub(r"[^A-Za-z0-9]+", "-", setting).strip("-").lower()
+        names[setting] = name if name and name not in names.values() else f"{name}-{number}"
+    return names
 
 
 def _axes_of_cost(matrix: Matrix) -> dict[str, Measure]:
@@ -113,108 +121,3 @@ def _curve(entry: Entry, measure: Measure) -> list[tuple[float, list[float]]]:
         if len(costs) == len(points):
             curve.append((statistics.mean(costs), [p.accuracy for p in points]))
     return curve
-
-
-def _figure(
-    path: Path, title: str, wanted: Wanted, matrix: Matrix, entries: Sequence[Entry]
-) -> Path:
-    """What the arms of `each` come to against a field: mean and extremes, a line a series.
-
-    A cross at the bottom: what diverged before it was scored.
-    """
-    study = matrix.study
-    target = study.study.targets[0] if study.study.targets else 0.0
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    series = _series_points(wanted, study, target, entries)
-    for number, (name, points) in enumerate(series.items()):
-        scored = sorted((x, values) for x, values in points if values)
-        means = [statistics.mean(values) for _, values in scored]
-        spans = [
-            [mean - min(values) for mean, (_, values) in zip(means, scored, strict=True)],
-            [max(values) - mean for mean, (_, values) in zip(means, scored, strict=True)],
-        ]
-        axes.errorbar(
-            [x for x, _ in scored], means, yerr=spans, marker="o", capsize=3, label=name,
-            color=f"C{number}",
-        )  # fmt: skip
-        lost = [x for x, values in points if not values]
-        axes.plot(
-            lost, [0.02] * len(lost), f"C{number}x", markersize=9,
-            transform=axes.get_xaxis_transform(),
-        )  # fmt: skip
-    axes.set_xscale("log", base=2)
-    unit = "test accuracy (%)" if wanted.y == "accuracy" else f"{wanted.y} to {100 * target:g} %"
-    axes.set(xlabel=wanted.x, ylabel=unit, title=f"{study.study.title}: {title}")
-    axes.grid(alpha=0.3)
-    if series:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _series_points(
-    wanted: Wanted, study: StudyFile, target: float, entries: Sequence[Entry]
-) -> dict[str, list[tuple[float, list[float]]]]:
-    """By series: x and a value a seed; none where a run diverged before it was scored."""
-    key = wanted.y if wanted.y == "accuracy" else f"{wanted.y}_to_{target:g}"
-    scale = 100 if wanted.y == "accuracy" else 1
-    series: dict[str, list[tuple[float, list[float]]]] = {}
-    for entry in entries:
-        x = entry.row.values.get(wanted.x)
-        if not isinstance(x, int | float) or not entry.results:
-            continue
-        values = [figures[key] for figures in by_seed(entry, study).values()]
-        found = [scale * float(value) for value in values if value is not None]
-        unscored = any(not result.points for result in entry.results.values())
-        if len(found) == len(values) or unscored:
-            name = _series(entry, wanted)
-            series.setdefault(name, []).append((float(x), [] if unscored else found))
-    return series
-
-
-def _cuts(path: Path, title: str, wanted: Wanted, matrix: Matrix, entries: Sequence[Entry]) -> Path:
-    """d_c of every pair of cut and x, the best of each x marked, the paper's two rules drawn in.
-
-    The rules are sqrt(d / tau) of the corollaries and d / sqrt(tau) of the prose (arXiv
-    2510.21155). Best: fewest rounds to the first target with all seeds, then the mean accuracy.
-    """
-    targets = matrix.study.study.targets
-    places: dict[float, list[tuple[tuple[float, float], int]]] = {}
-    parameters = 0
-    for entry in entries:
-        x = entry.row.values.get(wanted.x)
-        first = next(iter(entry.results.values()))
-        if not isinstance(x, int | float) or "model.cut" not in entry.row.values:
-            continue
-        if first.parameters_client is None or first.parameters_server is None:
-            continue
-        parameters = first.parameters_client + first.parameters_server
-        figures = list(by_seed(entry, matrix.study).values())
-        rounds = [f[f"rounds_to_{targets[0]:g}"] for f in figures] if targets else []
-        cost = math.inf if None in rounds else statistics.mean(rounds or [0])
-        accuracy = statistics.mean(f["accuracy"] or 0.0 for f in figures)
-        places.setdefault(float(x), []).append(((cost, -accuracy), first.parameters_client))
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    xs = sorted(places)
-    for x in xs:
-        axes.plot([x] * len(places[x]), [d_c for _, d_c in places[x]], "o", color="lightgrey")
-    axes.plot(xs, [min(places[x])[1] for x in xs], "o-", label="best cut")
-    axes.plot(xs, [math.sqrt(parameters / x) for x in xs], "--", label="sqrt(d / tau)")
-    axes.plot(xs, [parameters / math.sqrt(x) for x in xs], ":", label="d / sqrt(tau)")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel=wanted.x, ylabel="d_c", title=f"{matrix.study.study.title}: {title}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _series(entry: Entry, wanted: Wanted) -> str:
-    if wanted.series:
-        return f"{wanted.series} {entry.row.fields.get(wanted.series, '')}"
-    return "frozen client" if entry.row.control_of else "learning client"

@@ -94,7 +94,7 @@ class Pool:
         self._started += 1
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "studies.worker"], stdin=subprocess.PIPE,
+                [sys.executable, "-P", "-m", "studies.worker"], stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=file, start_new_session=True,
                 env={**os.environ, **_THREADS},
             )  # fmt: skip

@@ -82,18 +82,27 @@ def _fields_of(setting: Setting, entries: Sequence[Entry]) -> str:
     specs = [spec for entry in entries for spec in entry.specs.values()]
     if not specs:
         return "No run."
-    config = specs[0].config
-    alpha = config.data.alpha
-    cuts = {(spec.config.model.name, spec.config.model.cut) for spec in specs}
-    model = (
-        f"{config.model.name} cut after {config.model.cut}" if len(cuts) == 1 else "several cuts"
-    )
+    configs = [spec.config for spec in specs]
     fields = _values(setting.fields)
-    return (
-        f"{model}; {config.devices.count} devices, {config.participants} a round, batch "
-        f"{config.devices.batch}; {f'Dirichlet {alpha:g} by label' if alpha else 'iid'}; "
-        f"{f'set: {fields}' if fields else 'nothing else set'}."
+    told = (
+        _shared("cuts", [f"{c.model.name} cut after {c.model.cut}" for c in configs]),
+        _shared(
+            "fleets", [f"{c.devices.count} devices, {c.participants} a round" for c in configs]
+        ),
+        _shared("batch sizes", [f"batch {c.devices.batch}" for c in configs]),
+        _shared("partitions", [_partition(c.data.alpha) for c in configs]),
+        f"set: {fields}" if fields else "nothing else set",
     )
+    return "; ".join(told) + "."
+
+
+def _shared(what: str, texts: Sequence[str]) -> str:
+    """What all have in common, or that they have not."""
+    return texts[0] if len(set(texts)) == 1 else f"several {what}"
+
+
+def _partition(alpha: float) -> str:
+    return f"Dirichlet {alpha:g} by label" if alpha else "iid"
 
 
 def _table(matrix: Matrix, mine: Sequence[Entry], entries: Sequence[Entry]) -> list[str]:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from core_support import tiny_config
+from safetensors.torch import save_file
 
 from emulation.simulate import simulate_curve
+from export.models import build_model
 from musplit.cli import main
 from server_node.config import load_config
 from server_node.datasets import load_dataset
@@ -75,6 +77,7 @@ def options(fleet, model="mlp:64-12-10", *overrides):
         (("tau = [1, 4]", "tau = []"), r"search\.tau"),
         (("[server]", "[servant]"), "servant|server"),
         (("[server]", "[server"), "not TOML"),
+        (("[search]", "[search]\nholdout = 0.0"), r"search\.holdout"),
     ],
 )
 def test_a_wrong_fleet_is_refused_with_its_field(fleet_file, change, message):
@@ -98,6 +101,8 @@ def test_only_what_was_said_may_be_planned():
     fleet = Fleet([kind()], Server(step_s=0.01))
     with pytest.raises(ConfigError, match=r"round\.mode"):
         base_config("mlp:64-12-10", fleet, None, ["round.mode=asynchronous"])
+    with pytest.raises(ConfigError, match=r"devices\.count: FLEET and MODEL say that"):
+        base_config("mlp:64-12-10", fleet, None, ["devices.count=7"])
     with pytest.raises(ConfigError, match="'nosuch' is no cut"):
         options(msgspec.structs.replace(fleet, search=Search(cuts=["nosuch"])))
 
@@ -254,6 +259,36 @@ def test_a_run_that_was_cut_short_is_repeated_only_for_more_rounds(tmp_path):
     assert other.made == 1
     LearningTable(tmp_path / "t.json", data, b"another model").observe(config, 1.0, 2)
     assert len(json.loads((tmp_path / "t.json").read_text())["runs"]) == 2
+
+
+def test_a_target_that_the_initial_weights_reach_is_reached():
+    config = tiny_config("run.rounds=6", "evaluation.every=2")
+    table = LearningTable(None, load_dataset(config.data), b"")
+    assert table.observe(config, 0.01, 6) == Observed(2, diverged=False)
+
+
+def test_other_start_weights_are_another_run(tmp_path):
+    config = tiny_config("run.rounds=2")
+    weights = build_model(config.model.name, 0).module.state_dict()
+    path = tmp_path / "start.safetensors"
+    table = LearningTable(None, load_dataset(config.data), b"")
+    for factor in (1.0, 0.5):
+        save_file({name: factor * tensor for name, tensor in weights.items()}, path)
+        for _ in range(2):
+            table.observe(tiny_config("run.rounds=2", f"model.weights={path}"), 1.0, 2)
+    assert table.made == 2
+
+
+def test_a_plan_that_cannot_be_written_measures_nothing(fleet_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(main, [
+        "plan", "mlp:64-12-10", "--fleet", str(fleet_file()), "--target", "0.2", "--table",
+        str(tmp_path / "rounds.json"), "--out", str(tmp_path / "file" / "out"),
+    ])  # fmt: skip
+    assert done.exit_code != 0
+    assert "file/out" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "rounds.json").exists()
 
 
 def test_a_damaged_table_is_one_line(tmp_path):

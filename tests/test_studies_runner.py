@@ -10,10 +10,13 @@ import time
 
 import numpy as np
 import pytest
+from core_support import tiny_config
 from harness import here
 
 from server_node.config import DataSection
 from server_node.datasets import load_dataset
+from studies.backends import compute
+from studies.cells import Spec
 from studies.definition import library, parse_study
 from studies.errors import StudyError
 from studies.matrix import Matrix, Options
@@ -205,6 +208,12 @@ def test_tuning_never_sees_the_test_set(tmp_path):
         (("method.tau = 2", "option.eta = 2"), "options are for baselines alone"),
         (('name = "as given"', 'name = "as given"\nkind = "baseline:gus"'), "no baseline 'gus'"),
         (("tau = 1,", "tau = ,"), "not TOML"),
+        (("method.tau = 2", "method.eta_s = nan"), "method.eta_s"),
+        (("evaluation.every = 1", "evaluation.every = 1\nrun.seed = 7"), "run.seed: every run"),
+        (
+            ("[[arm]]", '[[figure]]\nx = "method.tau"\ny = "accuracy"\n\n[[arm]]'),
+            "figure 1: x: no arm's `each` has 'method.tau'",
+        ),
         (("method.eta_s = [0.01, 0.02]", "run.rounds = [2, 3]"), "tuning.rounds"),
     ],
     ids=str,
@@ -217,7 +226,34 @@ def test_a_wrong_study_is_refused_in_one_line(change, says):
     message = str(caught.value)
     assert message.startswith("my.toml: ")
     assert says in message
+    assert "got `str`" not in message
     assert "\n" not in message
+
+
+def test_runs_do_not_see_what_lies_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "export.py").write_text("raise SystemExit(9)\n")
+    file = write(tmp_path / "tiny.toml")
+    run(file, "--out", "out", "--setting", "iid", "--arm", "as given", "--seeds", "1")
+
+
+def test_another_recorded_run_is_another_study(tmp_path):
+    recorded = f'\nsimulation = {{ compute = "recorded", recorded = "{tmp_path}" }}'
+    text = STUDY.replace("evaluation.every = 1", f"evaluation.every = 1{recorded}")
+
+    def digest(trace):
+        (tmp_path / "trace.json").write_text(trace)
+        matrix = Matrix(parse_study(text, "x"), "x", Options())
+        return matrix.spec(matrix.settings[0], matrix.rows[-1], {}, 0, tuning=False).digest
+
+    assert digest("one") == digest("one") != digest("other times")
+
+
+def test_what_a_run_cost_is_counted_until_it_was_scored(tmp_path):
+    """It went on for rounds that nobody scored, and diverged."""
+    config = tiny_config("run.rounds=300", "evaluation.every=300", "method.eta_s=1e4")
+    result = compute(Spec("musplit", config, {}, ""), tmp_path)
+    assert (result.outcome, result.points, result.client_rounds) == ("diverged", [], 0)
 
 
 def test_a_study_that_does_not_exist_ends_with_code_3(tmp_path):

@@ -31,7 +31,8 @@ class MeasuredProcess:
         self._name = name
         # A session of its own: Ctrl-C is the parent's, which then ends the child.
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "edge_client.bench.child", msgspec.json.encode(task).decode()],
+            [sys.executable, "-P", "-m", "edge_client.bench.child",
+             msgspec.json.encode(task).decode()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:

@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, field
 
-from server_node.sections import AtLeast1, Fraction, NotNegative, Positive, Seconds, Section
+from server_node.config import explain
+from server_node.sections import AtLeast1, NotNegative, Positive, Seconds, Section
 from studies.planner.errors import FleetFileError
 from wire_protocol.encodings import Encoding
 
@@ -63,7 +64,8 @@ class Search(Section, frozen=True):
         default_factory=lambda: ["float32", "int8"]
     )
     perturb: Annotated[list[list[str]], Meta(min_length=1)] = field(default_factory=lambda: [[]])
-    holdout: Fraction = 0.2  # of the training set; probes are scored on it
+    # Of the training set; probes are scored on it, never on the test set.
+    holdout: Annotated[float, Meta(gt=0, lt=1)] = 0.2
 
 
 class Fleet(Section, frozen=True):
@@ -87,10 +89,7 @@ def load_fleet(path: Path) -> Fleet:
     except OSError as error:
         raise FleetFileError(f"{path}: cannot be read ({error.strerror})") from error
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$")
-        name = where.strip("`.")
-        text = f"{name}: {what}" if name else what
-        raise FleetFileError(f"{path}: {text}; see docs/planner.md") from error
+        raise FleetFileError(f"{path}: {explain(error)}; see docs/planner.md") from error
     except (ValueError, RecursionError) as error:  # numbers too long, nests too deep
         raise FleetFileError(f"{path}: not TOML: {error}") from error
     names = [kind.name for kind in fleet.device]

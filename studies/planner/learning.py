@@ -85,6 +85,8 @@ class LearningTable:
     def _digest(self, config: Config) -> str:
         facts = self._facts.copy()
         facts.update(config.sha256().encode())
+        if config.model.weights:
+            facts.update(Path(config.model.weights).read_bytes())
         return facts.hexdigest()
 
     def _keep(self, digest: str, run: Measured) -> None:
@@ -113,7 +115,8 @@ def probe_config(config: Config, holdout: float) -> Config:
 def _measure(config: Config, target: float, limit: int) -> Measured:
     def enough(run: Run) -> bool:
         reached = run.scores is not None and run.scores.accuracy >= target
-        return run.rounds_closed >= limit or (reached and run.rounds_closed > 0)
+        # Before EVERY rounds nothing but the initial weights was scored.
+        return run.rounds_closed >= limit or (reached and run.rounds_closed >= EVERY)
 
     with tempfile.TemporaryDirectory(prefix="musplit-plan-") as folder:
         run = InProcessFleet(prepare(config, Path(folder))).run(enough=enough)

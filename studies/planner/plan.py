@@ -59,6 +59,10 @@ class Plan(NamedTuple):
 
 def base_config(model: str, fleet: Fleet, data: str | None, overrides: list[str]) -> Config:
     """What all choices have in common. Raises ConfigError where the planner knows no rounds."""
+    for override in overrides:
+        field = override.partition("=")[0].strip()
+        if field in ("devices.count", "model.name"):
+            raise ConfigError(f"--set {field}: FLEET and MODEL say that; change them instead")
     given = [f"data.source={data}"] if data is not None else []
     count = [f"model.name={model}", f"devices.count={len(fleet.kinds)}"]
     config = load_config(None, [*given, *overrides, *count])
