@@ -20,6 +20,7 @@ import msgspec
 
 from emulation.delays import DeviceTiming, Timings
 from emulation.errors import FitError
+from export.perturb import NONE
 from server_node.config import load_config
 from server_node.files import CONFIG_FILE
 from server_node.ledger import TRACE_FILE
@@ -85,7 +86,8 @@ def fit_timings(run: Path) -> Timings:
     """
     config = load_config(run / CONFIG_FILE, [])
     method = config.method
-    directions = method.directions_client if method.eta_c else 0
+    trains = method.eta_c and config.model.perturb != [NONE]
+    directions = method.directions_client if trains else 0
     server = _Server()
     try:
         for event in read_events(run / TRACE_FILE):

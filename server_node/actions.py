@@ -79,7 +79,8 @@ class CloseRound(NamedTuple):
     """Commit a round; contributions by ascending device, `dropped` says why others are missing.
 
     `stepped` (ascending) are those whose server steps count, None: the contributors'. Of a pooled
-    round it is the leader; in first order also who was dropped after the steps.
+    round it is the leader; in first order also who was dropped after the steps. `staleness` is that
+    of steps which are committed without a contribution (asynchronous).
     """
 
     round: int
@@ -87,6 +88,7 @@ class CloseRound(NamedTuple):
     dropped: dict[int, str]
     opened_s: float
     stepped: list[int] | None = None
+    staleness: int = 0
 
 
 class Ignore(NamedTuple):

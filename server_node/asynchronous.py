@@ -6,7 +6,8 @@ becomes commit w >= v, with staleness w - v. Its server steps begin when its las
 go on to its last scalar without anything in between: they see one base, the newest.
 
 With cut-gradient feedback they begin with its activation. In first order they are a commit of
-their own then: nothing but their frames could make them again. The device's answer is another.
+their own then: nothing but their frames could make them again. The device's answer is another; one
+that comes while others are stepped is committed behind them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class AsynchronousCoordinator(Coordination[_Share]):
         if self.finished or (share is not None and self._in_line(share)):
             return []
         if share is not None and share.asked and share.version == next_round:
-            return [SendGradient(device, share.version)]
+            return [] if share.client_scalars else [SendGradient(device, share.version)]
         if share is not None and share.version in (next_round, self.round):
             return [Remind(device, share.version, [device])]  # what either side sent was lost
         self._shares.pop(device, None)  # it has, or will have, other weights
@@ -102,7 +103,7 @@ class AsynchronousCoordinator(Coordination[_Share]):
         if not all(map(math.isfinite, scalars)):
             return self._not_finite(device, now_s)
         share.client_scalars = dict(enumerate(scalars))
-        return self._commit(device, share, now_s)
+        return self._commit_answered(now_s)
 
     def stepped(self, device: int, scalars: list[float], now_s: float) -> list[Action]:
         """A server step was computed: its K_s scalars."""
@@ -206,8 +207,11 @@ class AsynchronousCoordinator(Coordination[_Share]):
         if self._rules.cut_gradient and self._rules.directions:
             share.asked = True
             self._queue.popleft()
-            asked = SendGradient(device, share.version)
-            return [asked, *(self._close(None, [device], now_s) if self._rules.first_order else [])]
+            actions: list[Action] = [SendGradient(device, share.version)]
+            if self._rules.first_order:
+                staleness = self.round - share.version
+                actions += self._close(None, [device], now_s, staleness)
+            return actions + self._commit_answered(now_s)
         if len(share.client_scalars) < self._rules.directions:
             return []
         return self._commit(device, share, now_s)
@@ -224,13 +228,27 @@ class AsynchronousCoordinator(Coordination[_Share]):
             Reply(device, share.version, in_order), *self._close(contribution, stepped, now_s)
         ]  # fmt: skip
 
+    def _commit_answered(self, now_s: float) -> list[Action]:
+        """Commit what devices have answered, unless steps are under way: they see one base."""
+        actions: list[Action] = []
+        if self._queue and self._shares[self._queue[0]].server_scalars:
+            return actions
+        answered = [d for d, share in self._shares.items() if share.asked and share.client_scalars]
+        for device in answered:
+            if not self.finished and device in self._shares:  # those before it may make it stale
+                actions += self._commit(device, self._shares[device], now_s)
+        return actions
+
     def _close(
-        self, contribution: Contribution | None, stepped: list[int] | None, now_s: float
-    ) -> list[Action]:
-        """One commit; `stepped` as in CloseRound."""
+        self, contribution: Contribution | None, stepped: list[int] | None, now_s: float,
+        staleness: int = 0,
+    ) -> list[Action]:  # fmt: skip
+        """One commit; `stepped` and `staleness` as in CloseRound."""
         contributions = [contribution] if contribution is not None else []
         actions: list[Action] = [
-            CloseRound(self.round, contributions, self._dropped, self._committed_s, stepped)
+            CloseRound(
+                self.round, contributions, self._dropped, self._committed_s, stepped, staleness
+            )
         ]
         self._dropped = {}
         self._attendance.next_round()
@@ -250,7 +268,7 @@ class AsynchronousCoordinator(Coordination[_Share]):
         if self._barren >= BARREN:
             text = f"{BARREN} contributions in a row had no finite scalar; use smaller steps"
             return self._finish(Outcome.DIVERGED, text)
-        return self._open_waiting(now_s)
+        return [*self._open_waiting(now_s), *self._commit_answered(now_s)]
 
     def _drop(self, device: int, why: str) -> None:
         """Give up a device's open work; if it is here, it may have other work."""

@@ -61,9 +61,12 @@ class ReplayResult(NamedTuple):
 def client_commit(run: int, closed: RoundClosed, client_sha256: str = "") -> Commit:
     """The commit that devices replay: the client's part of a journaled round."""
     entries = [
-        Entry(s.device, s.weight, s.client_scalars, s.staleness) for s in closed.shares
-        if s.weight  # others have stepped the server half alone
-    ]  # fmt: skip
+        # Of no weight: a guard's doing, told so that the device knows its share. Without scalars
+        # and weight: it has stepped the server half alone.
+        Entry(s.device, s.weight, s.client_scalars if s.weight else b"", s.staleness)
+        for s in closed.shares
+        if s.weight or s.client_scalars
+    ]
     return Commit(run, closed.round, closed.eta_c, closed.eta_g, entries, client_sha256)
 
 

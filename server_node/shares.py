@@ -26,7 +26,7 @@ def close_record(
     shares = []
     for device in sorted(client.keys() | server):
         steps = stepped[device] if device in server else []
-        told = client.get(device) or Contribution(device, [], [])
+        told = client.get(device) or Contribution(device, [], [], closed.staleness)
         shares.append(
             Share(
                 device, _weight(config, told.staleness, len(client)) if device in client else 0.0,

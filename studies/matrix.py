@@ -224,6 +224,8 @@ class Matrix:
         if key not in self._fingerprints:
             samples = load_dataset(plain)
             arrays = [*samples.x_train, samples.y_train]
+            if config.data.public_source:
+                arrays += [*samples.x_public, samples.y_public]
             arrays += [] if tuning else [*samples.x_test, samples.y_test]
             digest = hashlib.sha256()
             for array in arrays:

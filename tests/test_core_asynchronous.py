@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from edge_client.commit_queue import own_round
 from emulation.inprocess import InProcessFleet
 from server_node.actions import (
     CloseRound,
@@ -20,18 +21,20 @@ from server_node.actions import (
     Outcome,
     Remind,
     Reply,
+    SendGradient,
     Step,
 )
 from server_node.asynchronous import AsynchronousCoordinator
 from server_node.coordination import BARREN
 from server_node.errors import ConfigError
 from server_node.files import CONTROL_FOLDER
-from server_node.journal import RoundClosed, read_journal
+from server_node.journal import RoundClosed, Share, read_journal
 from server_node.prepare import prepare
-from server_node.replay import replay
+from server_node.replay import client_commit, replay
 from server_node.resume import read_past, rebuild
 from server_node.schedule import staleness_weight
 from wire_protocol.manifest import sha256
+from wire_protocol.messages import Entry
 
 
 class AsyncDesk(Desk):
@@ -107,6 +110,30 @@ def test_nothing_comes_between_the_first_step_and_the_last_scalar(desk):
     assert order == [
         Step(0, 0), Step(0, 1), Measure(0, 0), Measure(0, 2), Step(1, 0), Step(1, 1), Measure(1, 0)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_an_answer_that_comes_while_others_are_stepped_is_committed_behind_them(first_order):
+    """A commit between two steps would give them two bases."""
+    desk = AsyncDesk((0, 1), rounds=9, cut_gradient=True, first_order=first_order)
+    desk.start()
+    told = [1.0, 2.0, 3.0]
+    for device in (0, 1):
+        desk.activation(device, 0)
+    while not any(isinstance(action, SendGradient) for action in desk.actions):
+        desk.compute(desk.machine.next_work())
+    desk.compute(desk.machine.next_work())
+    assert desk.machine.derivatives(0, 0, told, desk.now_s) == []
+    assert desk.machine.joined(0, 0, desk.now_s) == []  # its answer is here
+    *_, last = actions = desk.compute(desk.machine.next_work())
+    assert SendGradient(1, 0) in actions
+    assert Reply(0, 0, told) in actions
+    commits = [action for action in actions if isinstance(action, CloseRound)]
+    assert last is commits[-1]
+    assert [c.stepped for c in commits] == ([[1], []] if first_order else [None])
+    assert commits[-1].contributions[0].staleness == commits[-1].round
+    if first_order:  # its steps were made on the weights before the first device's
+        assert [c.staleness for c in commits] == [1, 0]
 
 
 def test_frames_of_another_version_and_duplicates_are_ignored(desk):
@@ -313,6 +340,29 @@ def test_as_many_fresh_contributions_as_devices_weigh_one_and_stale_ones_less(
 )
 def test_staleness_weights(staleness, power, want):
     assert staleness_weight(staleness, power, 4) == want
+
+
+def test_first_order_steps_of_a_stale_device_count_less(tmp_path):
+    """With cut gradients they are a commit of their own."""
+    config = tiny_config(
+        "round.mode=asynchronous", "method.server_order=first", "method.feedback=cut_gradient",
+        "run.rounds=20",
+    )  # fmt: skip
+    play(prepare(config, tmp_path / "run"), tmp_path / "played")
+    journal = read_journal(tmp_path / "played" / "journal.bin")
+    shares = [s for r in journal.records if isinstance(r, RoundClosed) for s in r.shares]
+    stepped = [share for share in shares if share.server_steps]
+    assert {share.staleness for share in stepped} > {0}
+    for share in stepped:
+        power, devices = config.round.staleness_power, config.participants
+        assert share.server_weight == staleness_weight(share.staleness, power, devices)
+
+
+def test_a_share_that_a_guard_gave_no_weight_is_told_to_its_device():
+    shares = [Share(3, 0.0, b"1234", 0.5, b"", 1, 2), Share(4, 0.0, b"", 0.5, b"", 1, 0, 2)]
+    commit = client_commit(1, RoundClosed(5, 0.1, 0.1, 1.0, shares))
+    assert commit.entries == [Entry(3, 0.0, b"", 2)]
+    assert own_round(commit, 3) == 3
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,8 @@ def test_a_fit_takes_links_and_forwards_apart(tmp_path: Path) -> None:
     timings = fit_timings(recorded(tmp_path))
     assert timings.devices == [pytest.approx((0.69, 0.01))]
     assert (timings.server_step_s, timings.server_measure_s) == pytest.approx((0.02, 0.01))
+    frozen = fit_timings(recorded(tmp_path, '[model]\nperturb = ["none"]\n', measure={"name": "-"}))
+    assert frozen.devices == [pytest.approx((0.37, 0.33))]  # one forward, not 33
 
 
 def test_a_fit_takes_slow_motion_out_of_what_boards_took(tmp_path: Path) -> None:

@@ -237,6 +237,19 @@ def test_steps_far_too_large_diverge_in_every_mode(
     assert simulated(tmp_path, *fields).result.outcome == "diverged"
 
 
+@pytest.mark.parametrize("order", ["zeroth", "first"])
+def test_answers_between_the_steps_of_others_do_not_disturb_them(
+    tmp_path: Path, order: str
+) -> None:
+    played = simulated(
+        tmp_path, "round.mode=asynchronous", "method.feedback=cut_gradient",
+        f"method.server_order={order}", "method.tau=4", "run.rounds=30",
+        "simulation.compute=exponential", "simulation.server_step_s=0.1",
+    )  # fmt: skip
+    assert played.result.outcome == "complete"
+    assert replay(tmp_path, tmp_path).matches
+
+
 def test_a_device_whose_work_grew_stale_begins_anew(tmp_path: Path) -> None:
     played = simulated(
         tmp_path, "round.mode=asynchronous", "round.staleness_limit=3", "run.rounds=30",

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from export.models import build_model
+from server_node.config import check_config
 from server_node.prepare import prepare
 from studies.baselines import BASELINES, run_baseline
 from studies.baselines.label_gaussians import LabelGaussians
@@ -206,6 +207,16 @@ def signs(half, device, k, size):
 
 
 @torch.no_grad()
+def test_zeroth_order_splitfed_of_any_method_is_a_configuration():
+    hybrid = tiny_config(
+        "method.server_order=first", "method.server_optimiser=Adam",
+        "method.server_options={weight_decay=0.1}", "round.mode=asynchronous",
+    )  # fmt: skip
+    config = zo_splitfed(hybrid)
+    check_config(config, "x")
+    assert config.round.mode == "barrier"
+
+
 def test_a_round_of_it_equals_splitfed_with_two_point_estimates_for_gradients(folder, experiment):
     """Written anew: replicas of both halves, averaged; both gradients are two-point estimates.
 
@@ -359,11 +370,28 @@ class Slow(Instant):
 
     server_step_s = 0.1
 
-    def for_forwards(self, device, number, forwards):  # noqa: ARG002
+    def for_forwards(self, device, number, forwards, *, begun=False):  # noqa: ARG002
         return forwards * (10.0 if device == 0 else 1.0)
 
     def up_s(self, device, size_bytes):  # noqa: ARG002
         return 1e-4 * size_bytes
+
+
+class Waiting(Instant):
+    """Before a device computes it waits five seconds; nothing else takes time."""
+
+    def for_forwards(self, device, number, forwards, *, begun=False):  # noqa: ARG002
+        return 0.0 if begun else 5.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("splitfed_v1", {}), ("fedavg", {"local_steps": 3}), ("first_order_client", {})],
+)
+def test_what_a_device_waits_for_before_its_work_is_paid_once(benches, name, options):
+    bench = benches("run.rounds=2", "evaluation.every=1", delays=Waiting(), server="parallel")
+    points = run_baseline(name, bench, options)
+    assert [point.simulated_s for point in points] == [5.0, 10.0]
 
 
 @pytest.mark.parametrize("order", ["first", "zeroth"])

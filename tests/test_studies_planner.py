@@ -101,6 +101,8 @@ def test_only_what_was_said_may_be_planned():
     fleet = Fleet([kind()], Server(step_s=0.01))
     with pytest.raises(ConfigError, match=r"round\.mode"):
         base_config("mlp:64-12-10", fleet, None, ["round.mode=asynchronous"])
+    with pytest.raises(ConfigError, match=r"method\.server_batch: plans are for"):
+        base_config("mlp:64-12-10", fleet, None, ["method.server_batch=pooled"])
     with pytest.raises(ConfigError, match=r"devices\.count: FLEET and MODEL say that"):
         base_config("mlp:64-12-10", fleet, None, ["devices.count=7"])
     with pytest.raises(ConfigError, match="'nosuch' is no cut"):

@@ -20,12 +20,13 @@ from wire_protocol.estimator import step_scale
 
 
 def zo_splitfed(config: Config) -> Config:
-    """The configuration with one zeroth-order server step a round; all else as it is."""
+    """The configuration with one zeroth-order server step a barrier round; all else as it is."""
     method = msgspec.structs.replace(
         config.method, tau=1, tau_mode="fixed", server_order="zeroth", feedback="loss_difference",
-        server_batch="device", reuse_rounds=0,
+        server_batch="device", reuse_rounds=0, server_optimiser="SGD", server_options={},
     )  # fmt: skip
-    return msgspec.structs.replace(config, method=method)
+    barrier = msgspec.structs.replace(config.round, mode="barrier")
+    return msgspec.structs.replace(config, method=method, round=barrier)
 
 
 class TwoPoint:

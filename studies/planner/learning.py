@@ -61,7 +61,8 @@ class LearningTable:
     def __init__(self, path: Path | None, data: Dataset, source: bytes) -> None:
         self._path = path
         self._facts = hashlib.sha256(source)
-        for array in (*data.x_train, data.y_train, *data.x_test, data.y_test):
+        arrays = (*data.x_train, data.y_train, *data.x_test, data.y_test, *data.x_public)
+        for array in arrays:
             self._facts.update(array.tobytes())
         self._runs = _read(path) if path is not None else {}
         self.made = 0

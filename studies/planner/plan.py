@@ -72,12 +72,13 @@ def base_config(model: str, fleet: Fleet, data: str | None, overrides: list[str]
         "method.tau_mode": config.method.tau_mode != "fixed",
         "method.feedback": config.method.feedback != "loss_difference",
         "method.server_order": config.method.server_order != "zeroth",
+        "method.server_batch": config.method.server_batch == "pooled",
     }
     for field, is_set in unknown.items():
         if is_set:
             raise ConfigError(
-                f"--set {field}: plans are for full barriers, a fixed tau and zeroth order in "
-                "both halves; leave it out"
+                f"--set {field}: plans are for full barriers, a fixed tau, zeroth order in "
+                "both halves and steps on each device's own batch; leave it out"
             )
     return config
 
