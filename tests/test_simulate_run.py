@@ -237,14 +237,19 @@ def test_steps_far_too_large_diverge_in_every_mode(
     assert simulated(tmp_path, *fields).result.outcome == "diverged"
 
 
+@pytest.mark.parametrize("feedback", ["loss_difference", "cut_gradient"])
 @pytest.mark.parametrize("order", ["zeroth", "first"])
-def test_answers_between_the_steps_of_others_do_not_disturb_them(
-    tmp_path: Path, order: str
+@pytest.mark.parametrize(
+    "mode", [("barrier", "device"), ("barrier", "pooled"), ("asynchronous", "device")], ids="-".join
+)
+def test_every_mode_replays_when_things_happen_between_the_steps(
+    tmp_path: Path, mode: tuple[str, str], order: str, feedback: str
 ) -> None:
+    """A serial server needs time for each step, and answers and frames come meanwhile."""
     played = simulated(
-        tmp_path, "round.mode=asynchronous", "method.feedback=cut_gradient",
-        f"method.server_order={order}", "method.tau=4", "run.rounds=30",
-        "simulation.compute=exponential", "simulation.server_step_s=0.1",
+        tmp_path, f"round.mode={mode[0]}", f"method.server_batch={mode[1]}",
+        f"method.server_order={order}", f"method.feedback={feedback}", "method.tau=4",
+        "run.rounds=30", "simulation.compute=exponential", "simulation.server_step_s=0.1",
     )  # fmt: skip
     assert played.result.outcome == "complete"
     assert replay(tmp_path, tmp_path).matches
