@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from server_node.config import explain
+from server_node.config import Config, explain
 from studies.errors import StudyError
 
 Name = Annotated[str, Meta(pattern=r"^[^|\r\n]+$", max_length=120)]
@@ -174,6 +174,10 @@ def _check(study: StudyFile, where: str) -> None:
     for number, figure in enumerate(study.figure, 1):
         if not any(figure.x in flatten(arm.each, where) for arm in study.arm):
             raise StudyError(f"{where}: figure {number}: x: no arm's `each` has {figure.x!r}")
+        section, _, name = figure.series.partition(".")
+        known = section == "option" or hasattr(getattr(Config(), section, None), name)
+        if figure.series and not known:
+            raise StudyError(f"{where}: figure {number}: series: no field {figure.series!r}")
     by = study.tuning.by if study.tuning is not None else "accuracy"
     if not study.study.targets and (
         by != "accuracy" or any(f.y != "accuracy" for f in study.figure)

@@ -157,7 +157,9 @@ def _arm_over(x: str, entry: Entry) -> str:
 
 
 def _value(entry: Entry, field: str) -> object:
-    """What a field is in the configuration of an entry's runs."""
+    """What a field is in an entry's runs; of an option that is not set nothing."""
+    if field in entry.row.fields:
+        return entry.row.fields[field]
     config = next(iter(entry.specs.values())).config
     section, _, name = field.partition(".")
-    return getattr(getattr(config, section), name)
+    return getattr(getattr(config, section, None), name, "")

@@ -214,6 +214,16 @@ def test_tuning_never_sees_the_test_set(tmp_path):
             ("[[arm]]", '[[figure]]\nx = "method.tau"\ny = "accuracy"\n\n[[arm]]'),
             "figure 1: x: no arm's `each` has 'method.tau'",
         ),
+        (
+            (
+                "set = { method.tau = 2 }",
+                (
+                    "each = { method.tau = [2] }\n[[figure]]\n"
+                    'x = "method.tau"\ny = "accuracy"\nseries = "method.tao"'
+                ),
+            ),
+            "figure 1: series: no field 'method.tao'",
+        ),
         (("method.eta_s = [0.01, 0.02]", "run.rounds = [2, 3]"), "tuning.rounds"),
     ],
     ids=str,
