@@ -162,7 +162,7 @@ class VirtualFleet:
         arrives_s = self._links.send(device, message)
         if isinstance(message, Round) and (self._asynchronous or device not in self._working):
             if device in self._working:  # dropped: what it computes is of no use
-                self._stop(device)
+                self._stop(device, self._delays.latency_s)
             self._ask(device, message.round)
         elif isinstance(message, Scalars) and self._asynchronous:
             self._working.discard(device)
@@ -282,12 +282,11 @@ class VirtualFleet:
         if self._asynchronous:  # what others compute goes on
             return
         for device in self._working:
-            self._stop(device)
+            self._stop(device, self._delays.latency_s)
         self._working.clear()
 
-    def _stop(self, device: int, after_s: float | None = None) -> None:
-        """What it computes is of no use: it learns that from the server, or `after_s` from now."""
-        after_s = self._delays.latency_s if after_s is None else after_s
+    def _stop(self, device: int, after_s: float) -> None:
+        """What it computes is of no use: it learns that `after_s` from now."""
         self._attempts[device].useless_s = self._queue.read_s() + after_s
         self._attempts[device] = _Attempt()
 

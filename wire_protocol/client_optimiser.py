@@ -95,7 +95,7 @@ class ClientState:
 
     def _move(self, step: Vector) -> None:
         """Add a step; one of zeros changes no bit, not even that of a weight that is -0.0."""
-        if step.any():
+        if step[:1].any() or step.any():  # a step is dense: one look is enough for most
             np.add(self.theta, step, out=self.theta)
 
 
