@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,22 @@ from studies.harness import Setting as BenchSetting
 from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.manifest import sha256
 
+Advanced = Callable[[int], None]  # is told the rounds done
 
-def compute(spec: Spec, work: Path) -> Result:
+
+def compute(spec: Spec, work: Path, advanced: Advanced) -> Result:
     """Run it, in a folder below `work` that is gone afterwards. Raises MusplitError."""
     begin_s = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        baseline = spec.kind.startswith(BASELINE)
-        result = _baseline(spec, Path(folder)) if baseline else _musplit(spec.config, Path(folder))
+        if spec.kind.startswith(BASELINE):
+            result = _baseline(spec, Path(folder), advanced)
+        else:
+            result = _musplit(spec.config, Path(folder), advanced)
     return msgspec.structs.replace(result, seconds=round(time.monotonic() - begin_s, 3))
 
 
-def _musplit(config: Config, folder: Path) -> Result:
+def _musplit(config: Config, folder: Path, advanced: Advanced) -> Result:
     """Our method, simulated: the coordinator, the device step and the bytes of the real thing."""
     data = load_dataset(config.data)
     simulation = Simulation(config, folder, data)
@@ -47,6 +52,7 @@ def _musplit(config: Config, folder: Path) -> Result:
             steps.append((steps[-1] if steps else 0) + event["server_steps"])
             before = client_rounds[-1] if client_rounds else 0
             client_rounds.append(before + event["contributions"])
+            advanced(len(steps))
 
     played = simulation.play(note)
     outcome = played.result.outcome
@@ -72,14 +78,14 @@ def _musplit(config: Config, folder: Path) -> Result:
     )  # fmt: skip
 
 
-def _baseline(spec: Spec, folder: Path) -> Result:
+def _baseline(spec: Spec, folder: Path, advanced: Advanced) -> Result:
     """A method of studies/baselines, by its name there, with the delays of the configuration."""
     config = spec.config
     section = config.simulation
     experiment = prepare(config, folder)
     timings = fit_timings(Path(section.recorded)) if section.compute == "recorded" else None
     delays = make_delays(experiment, timings)
-    bench = Bench(BenchSetting(config, delays, section.server), experiment)
+    bench = Bench(BenchSetting(config, delays, section.server), experiment, advanced)
     run = run_baseline(spec.kind.removeprefix(BASELINE), bench, spec.options)
     if not run:
         raise CellError(f"kind {spec.kind!r}: gave no point")

@@ -6,7 +6,7 @@ The device side of a baseline is torch, with gradients: an emulation that no boa
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -109,9 +109,12 @@ class TorchHalf:
 class Bench:
     """A setting with everything loaded; baselines do not change it."""
 
-    def __init__(self, setting: Setting, experiment: Experiment) -> None:
-        """`experiment` is the one that runs of the method use."""
-        self.setting, self.config = setting, setting.config
+    def __init__(
+        self, setting: Setting, experiment: Experiment,
+        advanced: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`experiment` is the one that runs of the method use; `advanced` hears of rounds done."""
+        self.setting, self.config, self.advanced = setting, setting.config, advanced
         exported = experiment.exported
         self.classes = exported.halves.classes
         self.activation_shape = exported.halves.activation_shape
@@ -227,6 +230,7 @@ class Meter:
         """Round `number` is over: score it when due. False when the run diverged."""
         run = self._bench.config.run
         done = number + 1
+        self._bench.advanced(done)
         if done != run.rounds and done % self._bench.config.evaluation.every:
             return True
         scores = self._bench.scores(client, server)

@@ -15,10 +15,12 @@ from typing import Final, Self
 import msgspec
 
 from studies.cells import Spec
-from studies.worker import Done, Task
+from studies.worker import Done, Progress, Task
 
 _THREADS: Final = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 _GRACE_S: Final = 5.0
+Ended = Callable[[int, str], None]  # a run's index, and why it failed, if it did
+Advanced = Callable[[int, float], None]  # a run's index, and the part of it that is done
 
 
 class Pool:
@@ -46,23 +48,32 @@ class Pool:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
 
-    def run(self, specs: Sequence[Spec], done: Callable[[int, str], None]) -> None:
-        """Compute all; `done(index, error)` as each ends, in a thread, one call at a time."""
+    def run(self, specs: Sequence[Spec], done: Ended, advanced: Advanced) -> None:
+        """Compute all; both are called in threads, one call at a time."""
         threads = ThreadPoolExecutor(max(1, self._jobs))
         try:
-            futures = [threads.submit(self._one, index, s, done) for index, s in enumerate(specs)]
+            futures = [
+                threads.submit(self._one, index, spec, done, advanced)
+                for index, spec in enumerate(specs)
+            ]
             for future in futures:
                 future.result()
             wait(futures)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, index: int, spec: Spec, done: Callable[[int, str], None]) -> None:
+    def _one(self, index: int, spec: Spec, done: Ended, advanced: Advanced) -> None:
         with self._lock:
             if not self._jobs:
                 return
             process = self._idle.pop() if self._idle else self._start()
-        error = self._ask(process, spec)
+
+        def progress(part: float) -> None:
+            with self._lock:
+                if self._jobs:
+                    advanced(index, part)
+
+        error = self._ask(process, spec, progress)
         with self._lock:
             if not self._jobs:
                 return
@@ -70,18 +81,22 @@ class Pool:
                 self._idle.append(process)
             done(index, error)
 
-    def _ask(self, process: subprocess.Popen[bytes], spec: Spec) -> str:
+    def _ask(
+        self, process: subprocess.Popen[bytes], spec: Spec, progress: Callable[[float], None]
+    ) -> str:
+        """Have a run computed; empty, or why it failed."""
         assert process.stdin is not None
         assert process.stdout is not None
-        line = b""
         try:
             process.stdin.write(msgspec.json.encode(Task(str(self._folder), spec)) + b"\n")
             process.stdin.flush()
-            line = process.stdout.readline()
+            for line in process.stdout:
+                message = msgspec.json.decode(line, type=Progress | Done)
+                if isinstance(message, Done):
+                    return message.error
+                progress(message.part)
         except BrokenPipeError:
             pass
-        if line:
-            return msgspec.json.decode(line, type=Done).error
         code = process.wait()
         with self._lock:
             self._running.remove(process)

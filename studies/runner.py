@@ -55,6 +55,10 @@ class View(Protocol):
         """A stage of `total` runs, of which some were `finished` before."""
         ...
 
+    def advanced(self, job: Job, part: float) -> None:
+        """Of a run under way, that part of its rounds is done."""
+        ...
+
     def done(self, job: Job, result: Result | None, error: str) -> None:
         """A run has ended."""
         ...
@@ -109,7 +113,10 @@ class Runner:
                 self._results[digest] = result
             self._view.done(job, result, self._errors.get(digest, ""))
 
-        pool.run([job.spec for _, job in todo], done)
+        def advanced(index: int, part: float) -> None:
+            self._view.advanced(todo[index][1], part)
+
+        pool.run([job.spec for _, job in todo], done, advanced)
 
     def _entry(self, setting: Setting, row: Row, trials: list[Job]) -> Entry:
         """A row with the values that its trials speak for; none when a trial is missing."""

@@ -262,7 +262,7 @@ def test_another_recorded_run_is_another_study(tmp_path):
 def test_what_a_run_cost_is_counted_until_it_was_scored(tmp_path):
     """It went on for rounds that nobody scored, and diverged."""
     config = tiny_config("run.rounds=300", "evaluation.every=300", "method.eta_s=1e4")
-    result = compute(Spec("musplit", config, {}, ""), tmp_path)
+    result = compute(Spec("musplit", config, {}, ""), tmp_path, lambda _: None)
     assert (result.outcome, result.points, result.client_rounds) == ("diverged", [], 0)
 
 
