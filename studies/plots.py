@@ -102,12 +102,17 @@ def _draw(panel: Axes, entry: Entry, measure: Measure) -> None:
     curve = _curve(entry, measure)
     style = "--" if entry.row.control_of else "-"
     xs = [x for x, _ in curve]
+    lone = len(xs) == 1  # a line of one point is none
     lines = panel.plot(
-        xs, [100 * statistics.mean(ys) for _, ys in curve], style, label=entry.row.name
-    )
+        xs, [100 * statistics.mean(ys) for _, ys in curve], style, marker="o" if lone else "",
+        label=entry.row.name,
+    )  # fmt: skip
     if len(entry.results) > 1:
+        colour = lines[0].get_color()
         low, high = ([100 * pick(ys) for _, ys in curve] for pick in (min, max))
-        panel.fill_between(xs, low, high, color=lines[0].get_color(), alpha=0.15, linewidth=0)
+        panel.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        if lone:
+            panel.vlines(xs, low, high, color=colour, alpha=0.5)
 
 
 def _curve(entry: Entry, measure: Measure) -> list[tuple[float, list[float]]]:

@@ -112,6 +112,16 @@ def test_a_series_joins_arms_where_they_do_not_meet(
     }
 
 
+def test_curves_of_one_point_can_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    matrix = Matrix(parse_study(STUDY, "x"), "x", Options())
+    write_plots(tmp_path, matrix, entries_of(matrix))
+    curves = [line for line in figures[0].axes[0].lines if line.get_label()[0] != "_"]
+    assert [list(line.get_xdata()) for line in curves] == [[10]] * 6
+    assert {line.get_marker() for line in curves} == {"o"}
+
+
 def test_settings_of_like_names_have_files_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
