@@ -24,7 +24,7 @@ from emulation.clock import EventQueue
 from emulation.delays import Delays, Presence
 from emulation.virtual_links import VirtualLinks
 from server_node.actions import Measure, Work
-from server_node.errors import FrameFaultError
+from server_node.errors import FrameFaultError, NotFiniteError
 from server_node.prepare import Experiment, open_run
 from server_node.run import CATCH_UP_COMMITS, Run
 from wire_protocol.directions import DirectionGenerator
@@ -242,6 +242,8 @@ class VirtualFleet:
         self._links.traffic.sent(part.size_bytes)
         try:
             self.run.frame(device, part.frame)
+        except NotFiniteError:
+            self.run.ledger.useless("refused")
         except FrameFaultError:  # a device that is refused ends
             self.run.ledger.useless("refused")
             self._gone(device)

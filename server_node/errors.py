@@ -9,6 +9,7 @@ wire_protocol.errors.StalledError
 |- NoProgressError  a round made no progress within its bound
 wire_protocol.errors.ProtocolError
 |- FrameFaultError  a device's frame does not fit the run
+|- NotFiniteError   a device's tensor holds values that are not finite
 wire_protocol.errors.MusplitError
 |- DivergedError    the run produced values that are not finite, round after round
 """
@@ -44,3 +45,7 @@ class DivergedError(MusplitError):
 
 class FrameFaultError(ProtocolError):
     """A device's frame does not fit the run: its sender's fault."""
+
+
+class NotFiniteError(ProtocolError):
+    """A device's tensor holds values that are not finite: the steps' fault as likely as its own."""

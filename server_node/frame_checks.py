@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from server_node.config import Config
-from server_node.errors import FrameFaultError
+from server_node.errors import FrameFaultError, NotFiniteError
 from wire_protocol.frames import Frame, FrameKind
 from wire_protocol.manifest import Manifest
 
 
 def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
-    """Raise FrameFaultError unless a frame's encoding, shape, labels and values fit the run."""
+    """Raise FrameFaultError unless a frame's encoding, shape and labels fit the run.
+
+    Raises NotFiniteError when only its values do not.
+    """
     if frame.encoding not in (config.wire.encoding, "float32"):  # float32 holds what others cannot
         raise FrameFaultError(f"frame in {frame.encoding}, the run wants {config.wire.encoding}")
     batch = config.devices.batch
@@ -35,4 +38,4 @@ def check_frame(frame: Frame, config: Config, manifest: Manifest) -> None:
             f"label {int(frame.labels.max())} is outside 0..{manifest.classes - 1}"
         )
     if not np.isfinite(frame.tensor).all():
-        raise FrameFaultError(f"{name} holds values that are not finite")
+        raise NotFiniteError(f"{name} holds values that are not finite")

@@ -29,7 +29,7 @@ from server_node.asynchronous import AsynchronousCoordinator
 from server_node.computing import AnyCoordinator, Computing
 from server_node.config import Config
 from server_node.coordinator import Coordinator
-from server_node.errors import FrameFaultError
+from server_node.errors import FrameFaultError, NotFiniteError
 from server_node.evaluation import Evaluator
 from server_node.first_half import FirstHalf
 from server_node.frame_checks import check_frame
@@ -175,12 +175,19 @@ class Run:
             self._perform(self._coordinator.left(device, self._read_clock_s()))
 
     def frame(self, device: int, frame: Frame) -> None:
-        """A device's tensor. Raises FrameFaultError when it does not fit this run."""
+        """A device's tensor. Raises FrameFaultError when it does not fit this run.
+
+        Raises NotFiniteError for one whose sender's open share is given up: it is no contribution.
+        """
         coordinator = self._coordinator
         if coordinator is None:
             return
         now_s = self._read_clock_s()
-        check_frame(frame, self.config, self.terms.manifest)
+        try:
+            check_frame(frame, self.config, self.terms.manifest)
+        except NotFiniteError:
+            self._perform(coordinator.poisoned(device, frame.round, now_s))
+            raise
         self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:
             actions = coordinator.activation(device, frame.round, now_s)

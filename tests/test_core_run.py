@@ -8,7 +8,7 @@ import pytest
 from core_support import play, tiny_config
 
 from server_node.actions import Outcome
-from server_node.errors import FrameFaultError
+from server_node.errors import FrameFaultError, NotFiniteError
 from server_node.journal import RoundClosed, read_journal
 from server_node.prepare import open_run, prepare
 from wire_protocol.frames import Frame, FrameKind
@@ -177,13 +177,10 @@ def differences(shape=(3, 8, 12), first_k=0, value=0.001, labels=NO_LABELS):
         (activation(labels=0), "0 labels"),
         (activation(label=10), "label 10"),
         (activation(label=(1 << 32) - 1), "label 4294967295"),
-        (activation(value=np.nan), "not finite"),
-        (activation(value=-np.inf), "not finite"),
         (differences(shape=(3, 8, 13)), "shape"),
         (differences(shape=(8, 12)), "shape"),
         (differences(shape=(0, 8, 12)), "shape"),
         (differences(labels=np.zeros(8, np.uint32)), "8 labels"),
-        (differences(value=np.inf), "not finite"),
     ],
 )
 def test_frame_that_does_not_fit_is_refused_and_costs_its_sender_the_message_only(
@@ -200,6 +197,46 @@ def test_frame_that_does_not_fit_is_refused_and_costs_its_sender_the_message_onl
         pass
     kinds = [type(message) for message in outbox.broadcasts]
     assert kinds == [Round, Commit, Round]
+    assert [entry.device for entry in outbox.broadcasts[1].entries] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [activation(value=np.nan)],
+        [activation(value=-np.inf)],
+        [activation(), differences(value=np.inf)],
+    ],
+)
+def test_a_tensor_that_is_not_finite_costs_its_sender_the_round_only(started, frames):
+    run, outbox = started
+    *before, bad = frames
+    for frame in before:
+        run.frame(1, frame)
+        run.work()
+    with pytest.raises(NotFiniteError, match="not finite"):
+        run.frame(1, bad)
+    for device in (1, 0, 2):  # 1 once more: too late
+        run.frame(device, activation())
+        run.frame(device, differences())
+    while run.work():
+        pass
+    assert [type(message) for message in outbox.broadcasts] == [Round, Commit, Round]
+    assert [entry.device for entry in outbox.broadcasts[1].entries] == [0, 2]
+    assert outbox.broadcasts[2].participants == [0, 1, 2]
+
+
+def test_a_tensor_that_is_not_finite_after_all_frames_changes_nothing(started):
+    run, outbox = started
+    run.frame(1, activation())
+    run.frame(1, differences())
+    with pytest.raises(NotFiniteError):
+        run.frame(1, activation(value=np.nan))
+    for device in (0, 2):
+        run.frame(device, activation())
+        run.frame(device, differences())
+    while run.work():
+        pass
     assert [entry.device for entry in outbox.broadcasts[1].entries] == [0, 1, 2]
 
 

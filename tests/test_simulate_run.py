@@ -17,6 +17,7 @@ from emulation.delays import Delays
 from emulation.simulate import Played, Simulation, simulate, simulate_curve
 from emulation.virtual_fleet import VirtualFleet
 from emulation.virtual_links import VirtualLinks
+from server_node.actions import Outcome
 from server_node.config import Config
 from server_node.errors import ConfigError, NoProgressError
 from server_node.prepare import prepare
@@ -96,6 +97,29 @@ def test_links_take_time_and_bytes_are_those_of_the_frames() -> None:
     assert frames < each < frames + 1000  # topics, acknowledgements, a report
     assert slow[0].simulated_s == pytest.approx(0.5 + (frames + 100) / 1000 + 0.5, abs=0.1)
     assert fast[-1].client_forwards == 9 * 7
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (),
+        ("round.mode=asynchronous",),
+        ("method.feedback=cut_gradient",),
+        ("method.feedback=cut_gradient", "method.server_order=first",
+         "method.server_batch=pooled"),
+        ("wire.encoding=float16",),
+    ],
+)  # fmt: skip
+def test_a_client_half_that_explodes_is_told_as_divergence(changed: tuple[str, ...]) -> None:
+    """Its weights are finite, what they make of a batch is not: every device sends that."""
+    config = tiny_config(
+        "model.name=mlp:64-12-12-10", "model.cut=fc2", "devices.count=6", "devices.participants=3",
+        "method.eta_c=1e25", "method.schedule=constant", "run.rounds=30",
+        "evaluation.every=30", *changed,
+    )  # fmt: skip
+    result, _ = simulate_curve(config)
+    assert result.outcome == Outcome.DIVERGED.value
+    assert "finite scalar" in result.detail
 
 
 def test_nobody_sleeps(tmp_path: Path) -> None:
