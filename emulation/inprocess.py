@@ -6,6 +6,7 @@ asynchronous devices deliver in the order in which they were opened.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from edge_client.shard import Shard
 from edge_client.trainer import Trainer
 from server_node.config import Config
 from server_node.datasets import load_dataset
+from server_node.errors import NotFiniteError
 from server_node.partition import partition
 from server_node.prepare import Experiment, open_run
 from server_node.resume import History
@@ -108,7 +110,7 @@ class InProcessFleet:
         if self._shuffle is not None:
             self._shuffle.shuffle(frames)
         for device, frame in frames:
-            run.frame(device, frame)
+            _offer(run, device, frame)
             if self._shuffle is not None and self._shuffle.getrandbits(1):
                 run.work()
         self._work(run)
@@ -138,7 +140,7 @@ class InProcessFleet:
         del self._under_way[index]
         self._freed.clear()
         for frame in frames:
-            run.frame(device, frame)
+            _offer(run, device, frame)
         self._work(run)
         while self._freed and run.finished is None:
             freed = self._freed.popleft()
@@ -167,3 +169,9 @@ def make_shards(config: Config, data: Dataset | None = None) -> list[Shard]:
         Shard(Path(f"shard {index}"), *shard_samples(data, part), index)
         for index, part in enumerate(parts)
     ]
+
+
+def _offer(run: Run, device: int, frame: Frame) -> None:
+    """Hand in a tensor; one that is not finite costs its sender the round."""
+    with contextlib.suppress(NotFiniteError):
+        run.frame(device, frame)

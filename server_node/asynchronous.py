@@ -52,6 +52,8 @@ class AsynchronousCoordinator(Coordination[_Share]):
         self._waiting = set(devices)  # present, up to date, without open work
         self._queue: deque[int] = deque()  # devices whose frames are all here, in that order
         self._dropped: dict[int, str] = {}  # since the last commit
+        # Their tensors at these weights are not finite: no other work before the next commit.
+        self._barred: set[int] = set()
         self._committed_s = now_s
 
     # -- events ------------------------------------------------------------------------------
@@ -75,6 +77,8 @@ class AsynchronousCoordinator(Coordination[_Share]):
             self._progress_s = now_s
         share = self._shares.get(device)
         if self.finished or (share is not None and self._in_line(share)):
+            return []
+        if device in self._barred:
             return []
         if share is not None and share.asked and share.version == next_round:
             return [] if share.client_scalars else [SendGradient(device, share.version)]
@@ -251,6 +255,8 @@ class AsynchronousCoordinator(Coordination[_Share]):
             )
         ]
         self._dropped = {}
+        self._waiting |= self._barred & set(self._attendance.present)
+        self._barred = set()
         self._attendance.next_round()
         self._barren = 0
         self._committed_s = now_s
@@ -269,6 +275,17 @@ class AsynchronousCoordinator(Coordination[_Share]):
             text = f"{BARREN} contributions in a row had no finite scalar; use smaller steps"
             return self._finish(Outcome.DIVERGED, text)
         return [*self._open_waiting(now_s), *self._commit_answered(now_s)]
+
+    def _poisoned(self, device: int, now_s: float) -> list[Action]:
+        """It would send the same again; when nobody else is at work, no commit can come."""
+        self._drop(device, "not finite")
+        self._waiting.discard(device)
+        self._barred.add(device)
+        actions = self._open_waiting(now_s)
+        if self._shares:
+            return actions
+        text = "no device's activations are finite; use smaller steps"
+        return self._finish(Outcome.DIVERGED, text)
 
     def _drop(self, device: int, why: str) -> None:
         """Give up a device's open work; if it is here, it may have other work."""

@@ -58,15 +58,17 @@ class Coordination(ABC, Generic[ShareT]):
         self._arrived(device, share, now_s)
         return []
 
-    def poisoned(self, device: int, round_number: int, now_s: float) -> list[Action]:
+    def poisoned(
+        self, device: int, round_number: int, now_s: float, *, activation: bool
+    ) -> list[Action]:
         """A device's tensor is here, with values that are not finite: its share is none."""
         share = self._awaited(device, round_number)
         if isinstance(share, Ignore):
             return [share]
-        if share.has_frames(self._rules):
+        if (activation and share.activation) or share.has_frames(self._rules):
             return [Ignore(device, "duplicate")]
         self._progress_s = now_s
-        return self._not_finite(device, now_s)
+        return self._poisoned(device, now_s)
 
     def step_took(self, seconds: float) -> None:
         """The server steps that are told of next took so long, computed at once."""
@@ -82,8 +84,8 @@ class Coordination(ABC, Generic[ShareT]):
         """The share that a frame of this round is for, or why there is none."""
 
     @abstractmethod
-    def _not_finite(self, device: int, now_s: float) -> list[Action]:
-        """Drop a share of which something is not finite."""
+    def _poisoned(self, device: int, now_s: float) -> list[Action]:
+        """Drop a share of which a tensor is not finite."""
 
     @abstractmethod
     def _arrived(self, device: int, share: ShareT, now_s: float) -> None:

@@ -77,7 +77,7 @@ class Coordinator(Coordination[RoundShare]):
             return [Ignore(device, "not asked")]
         self._progress_s = now_s
         if not all(map(math.isfinite, scalars)):
-            return self._not_finite(device, now_s)
+            return self._poisoned(device, now_s)
         share.client_scalars = dict(enumerate(scalars))
         self._awaiting.discard(device)
         return [*self._completed(device, share), *self._close_if_complete(now_s)]
@@ -234,7 +234,7 @@ class Coordinator(Coordination[RoundShare]):
     def _reply(self, device: int, share: RoundShare) -> Reply:
         return Reply(device, self.round, share.client_scalars_in_order)
 
-    def _not_finite(self, device: int, now_s: float) -> list[Action]:
+    def _poisoned(self, device: int, now_s: float) -> list[Action]:
         self._drop(device, "not finite")
         return self._close_if_complete(now_s)
 

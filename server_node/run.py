@@ -186,7 +186,9 @@ class Run:
         try:
             check_frame(frame, self.config, self.terms.manifest)
         except NotFiniteError:
-            self._perform(coordinator.poisoned(device, frame.round, now_s))
+            activation = frame.kind is FrameKind.ACTIVATION
+            actions = coordinator.poisoned(device, frame.round, now_s, activation=activation)
+            self._perform([action for action in actions if not isinstance(action, Ignore)])
             raise
         self.ledger.arrived(device, frame, now_s)
         if frame.kind is FrameKind.ACTIVATION:

@@ -221,6 +221,28 @@ def test_scalars_that_are_never_finite_end_the_run(desk):
     assert desk.closed == []
 
 
+def poison(desk, device, version):
+    return desk.note(desk.machine.poisoned(device, version, desk.now_s, activation=True))
+
+
+def test_a_device_whose_tensors_are_not_finite_waits_for_the_next_commit(desk):
+    for _ in range(2 * BARREN):
+        poison(desk, 1, 0)  # the first gives its share up, the others are late
+        assert desk.joined(1, 0) == []
+    assert desk.machine.finished is None
+    desk.deliver(0, 0)
+    actions = desk.compute_all()
+    assert OpenShare(1, 1) in actions
+    assert desk.closed[0].dropped == {1: "not finite"}
+
+
+def test_when_no_device_has_finite_tensors_the_run_has_diverged(desk):
+    assert poison(desk, 0, 0) == []
+    assert poison(desk, 2, 0) == []
+    (finish,) = poison(desk, 1, 0)
+    assert finish.outcome is Outcome.DIVERGED
+
+
 def test_adaptive_steps_end_when_the_next_device_is_here():
     desk = AsyncDesk(devices=(0, 1), participants=2, rounds=9, tau_cap=50)
     desk.start()

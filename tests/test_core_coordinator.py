@@ -248,6 +248,21 @@ def test_a_value_that_is_not_finite_drops_the_device_from_this_round_only(desk, 
     ]
 
 
+@pytest.mark.parametrize("directions", [0, 3])
+def test_a_tensor_that_is_not_finite_behind_a_good_one_changes_nothing(directions):
+    """Not even how long the others are waited for."""
+    desk = Desk(directions=directions)
+    desk.start()
+    desk.deliver(1)
+    desk.compute_all()
+    for _ in range(3):
+        desk.now_s += 40.0
+        poisoned = desk.machine.poisoned(1, 0, desk.now_s, activation=True)
+        assert poisoned == [Ignore(1, "duplicate")]
+    (finish,) = desk.tick(0.0)
+    assert finish.outcome is Outcome.STALLED
+
+
 def lose_round(desk):
     """A round in which every device's first step is not finite."""
     desk.deliver(0, 1, 2)

@@ -255,7 +255,11 @@ def test_the_honest_devices_end_in_the_digests_of_a_run_of_their_own(attacked):
 
 
 def test_a_member_is_told_why_it_was_refused(attacked):
-    members = [p for p in PAYLOADS if p.device_id == "rogue" and p.kind == "frame"]
+    # Of values that are not finite it is not told: they may come from the run's steps.
+    members = [
+        p for p in PAYLOADS
+        if p.device_id == "rogue" and p.kind == "frame" and p.said != "not finite"
+    ]  # fmt: skip
     assert len(attacked.refusals) == len(members)
     for reason, payload in zip(attacked.refusals, members, strict=True):
         assert payload.said in reason
