@@ -21,7 +21,7 @@ from studies.cells import Spec, work_folder, write_cell
 from wire_protocol.allocator import keep_freed_memory
 from wire_protocol.errors import MusplitError
 
-_TELL_S: Final = 0.5  # at most so often: a line of progress costs the study a redraw
+_TELL_S: Final = 0.1  # at most so often, as a terminal is redrawn
 
 
 class Task(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ name = "iid"
 [[arm]]
 name = "only"
 """
-BASELINE = STUDY + 'kind = "baseline:first_order_client"\n'
+BASELINE = STUDY.replace("400", "4000") + 'kind = "baseline:first_order_client"\n'  # quick rounds
 
 
 def on_terminal(command):
