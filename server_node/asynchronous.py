@@ -255,7 +255,7 @@ class AsynchronousCoordinator(Coordination[_Share]):
             )
         ]
         self._dropped = {}
-        self._waiting |= self._barred & set(self._attendance.present)
+        self._waiting |= self._barred & self._attendance.present
         self._barred = set()
         self._attendance.next_round()
         self._barren = 0

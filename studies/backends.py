@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from studies.baselines import run_baseline
 from studies.cells import Point, Result, Spec, finite
 from studies.definition import BASELINE
 from studies.errors import CellError
-from studies.harness import Bench
+from studies.harness import Advanced, Bench
 from studies.harness import Setting as BenchSetting
 from wire_protocol.client_optimiser import ClientRule, ClientState
 from wire_protocol.manifest import sha256
-
-Advanced = Callable[[int], None]  # is told the rounds done
 
 
 def compute(spec: Spec, work: Path, advanced: Advanced) -> Result:

@@ -33,6 +33,7 @@ from wire_protocol.manifest import prepare_inputs
 FORWARD: Final = 1.0
 BACKWARD: Final = 2.0
 _NO_LABELS = np.empty(0, np.uint32)
+Advanced = Callable[[int], None]  # is told the rounds done
 
 
 class Setting(Struct, frozen=True):
@@ -111,7 +112,7 @@ class Bench:
 
     def __init__(
         self, setting: Setting, experiment: Experiment,
-        advanced: Callable[[int], None] = lambda _: None,
+        advanced: Advanced = lambda _: None,
     ) -> None:  # fmt: skip
         """`experiment` is the one that runs of the method use; `advanced` hears of rounds done."""
         self.setting, self.config, self.advanced = setting, setting.config, advanced
